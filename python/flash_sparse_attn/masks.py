@@ -1,0 +1,250 @@
+"""Structured masks: objects that a call accepts as `attn_mask` beside a boolean tensor.
+
+`IntervalMask` is two integers a key (V4) and is how every mask whose rows per key are one run
+should be given; `BlockMap` is one bit a block (V5).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .reference import selection
+from .validation import message, require_tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+@dataclass(frozen=True, eq=False)
+class IntervalMask:
+    """Key j is visible to the rows start_j <= i < end_j (V4): O(Sk) memory.
+
+    Args:
+        start: int32 `[{B,1}, {Hkv,1}, Sk]`, first row that sees the key.
+        end: int32, same shape, row after the last that sees it; an empty interval hides the key.
+
+    Raises:
+        TypeError: not int32 tensors (E1, E3).
+        ValueError: shapes differ or are not 3-D (E5).
+    """
+
+    start: Tensor
+    end: Tensor
+
+    def __post_init__(self) -> None:
+        for name, tensor in (("start", self.start), ("end", self.end)):
+            require_tensor(name, tensor)
+            if tensor.dtype != torch.int32:
+                raise TypeError(message("E3", f"dtype of {name}", tensor.dtype, "torch.int32"))
+        if self.start.shape != self.end.shape or self.start.dim() != 3:
+            shapes = (tuple(self.start.shape), tuple(self.end.shape))
+            raise ValueError(
+                message(
+                    "E5",
+                    "interval start and end",
+                    shapes,
+                    "two tensors of one shape [{B,1}, {Hkv,1}, Sk]",
+                )
+            )
+
+    @classmethod
+    def causal(
+        cls, seqlen_q: int, seqlen_k: int, device: torch.device | str | None = None
+    ) -> IntervalMask:
+        """V1 as intervals (M1): row i sees keys j <= i + Sk - Sq.
+
+        Args:
+            seqlen_q: Sq, rows.
+            seqlen_k: Sk, keys.
+            device: where the mask lives; default: torch's.
+        """
+        return cls(*selection.causal_intervals(seqlen_q, seqlen_k, device=device))
+
+    @classmethod
+    def window(
+        cls,
+        seqlen_q: int,
+        seqlen_k: int,
+        left: int | None,
+        right: int | None = 0,
+        sinks: int = 0,
+        device: torch.device | str | None = None,
+    ) -> IntervalMask:
+        """V2 as intervals (M2): row i sees the keys from p_i - left to p_i + right, and sinks.
+
+        Args:
+            seqlen_q: Sq, rows.
+            seqlen_k: Sk, keys.
+            left: keys to the left of the aligned one, None = unbounded.
+            right: keys to its right, None = unbounded; the default 0 looks at no later key.
+            sinks: first keys that every row sees. A sink is exempt from the right bound too:
+                intersect with `causal` for rows before it.
+            device: where the mask lives; default: torch's.
+
+        Raises:
+            ValueError: a bound is negative (E6).
+        """
+        for name, value in (("left", left), ("right", right), ("sinks", sinks)):
+            if value is not None and value < 0:
+                raise ValueError(
+                    message(
+                        "E6",
+                        name,
+                        value,
+                        "None or an int >= 0" if name != "sinks" else "an int >= 0",
+                    )
+                )
+        return cls(
+            *selection.window_intervals(seqlen_q, seqlen_k, left, right, sinks, device=device)
+        )
+
+    @classmethod
+    def documents(cls, cu_seqlens: Tensor, seqlen: int) -> IntervalMask:
+        """Block-diagonal visibility of documents laid end to end in one sequence (M3).
+
+        Args:
+            cu_seqlens: int32 `[documents + 1]`, boundaries from 0 to `seqlen`.
+            seqlen: S; Sq = Sk = S.
+        """
+        require_tensor("cu_seqlens", cu_seqlens)
+        return cls(*selection.document_intervals(cu_seqlens, seqlen))
+
+    @classmethod
+    def keys(cls, keep: Tensor, seqlen_q: int) -> IntervalMask:
+        """The same keys for every row (M4).
+
+        Args:
+            keep: bool `[{B,1}, {Hkv,1}, Sk]`, or `[B, Sk]` for a padding mask; true = attend.
+            seqlen_q: Sq, rows.
+
+        Raises:
+            TypeError: `keep` is not a bool tensor (E1, E3).
+            ValueError: `keep` is neither 2-D nor 3-D (E5).
+        """
+        require_tensor("keep", keep)
+        if keep.dtype != torch.bool:
+            raise TypeError(message("E3", "dtype of keep", keep.dtype, "torch.bool"))
+        if keep.dim() not in (2, 3):
+            raise ValueError(message("E5", "rank of keep", keep.dim(), "2 or 3"))
+        return cls(*selection.key_intervals(keep[:, None] if keep.dim() == 2 else keep, seqlen_q))
+
+    @classmethod
+    def topk(
+        cls,
+        scores: Tensor,
+        window_size: int,
+        causal: bool = True,
+        key_padding_mask: Tensor | None = None,
+        seqlen_q: int | None = None,
+    ) -> IntervalMask:
+        """The w best keys of every row, for scores that do not depend on the query (M5).
+
+        The mask of dynamic mask attention (arXiv 2508.02124), made causal.
+
+        Exact, O(Sk log Sk) time and O(Sk) memory: with causality a key is evicted once and never
+        returns, so its rows are one interval.
+
+        Args:
+            scores: floating `[{B,1}, {Hkv,1}, Sk]`; larger is better, ties are won by the more
+                recent key, NaN is worst. No gradient flows through the choice.
+            window_size: w >= 1, keys a row keeps.
+            causal: row i chooses among keys j <= i + Sk - Sq; otherwise among all keys.
+            key_padding_mask: bool, broadcastable to the shape of `scores`, or `[B, Sk]`; keys that
+                are False take no part.
+            seqlen_q: Sq; default Sk.
+
+        Raises:
+            TypeError: `scores` is not a floating tensor, `window_size` not an int (E1, E3).
+            ValueError: `window_size` < 1, or `scores` is not 3-D (E5, E6).
+        """
+        require_tensor("scores", scores)
+        require_tensor("key_padding_mask", key_padding_mask, optional=True)
+        if not scores.is_floating_point():
+            raise TypeError(message("E3", "dtype of scores", scores.dtype, "a floating dtype"))
+        if scores.dim() != 3:
+            raise ValueError(
+                message("E5", "rank of scores", scores.dim(), "3: [{B,1}, {Hkv,1}, Sk]")
+            )
+        if isinstance(window_size, bool) or not isinstance(window_size, int):
+            raise TypeError(message("E1", "window_size", repr(window_size), "an int >= 1"))
+        if window_size < 1:
+            raise ValueError(message("E6", "window_size", window_size, "an int >= 1"))
+        if key_padding_mask is not None and key_padding_mask.dim() == 2:
+            key_padding_mask = key_padding_mask[:, None]
+        rows = scores.shape[-1] if seqlen_q is None else seqlen_q
+        return cls(
+            *selection.topk_intervals(scores.detach(), rows, window_size, causal, key_padding_mask)
+        )
+
+    def __and__(self, other: IntervalMask) -> IntervalMask:
+        """Intersection: a row sees a key if both masks let it (M)."""
+        return IntervalMask(
+            torch.maximum(self.start, other.start), torch.minimum(self.end, other.end)
+        )
+
+    def to_dense(self, seqlen_q: int) -> Tensor:
+        """The bool mask `[{B,1}, {Hkv,1}, Sq, Sk]` it stands for: O(Sq Sk) memory, for tests."""
+        i = torch.arange(seqlen_q, device=self.start.device)[:, None]
+        return (self.start[..., None, :] <= i) & (i < self.end[..., None, :])
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMap:
+    """Which blocks of a fixed size may attend (V5).
+
+    Args:
+        active: bool `[{B,1}, {Hq,Hkv,1}, ceil(Sq / rows), ceil(Sk / keys)]`.
+        block_size: `(rows, keys)` of a block.
+
+    Raises:
+        TypeError: `active` is not a bool tensor (E1, E3).
+    """
+
+    active: Tensor
+    block_size: tuple[int, int] = (128, 128)
+
+    def __post_init__(self) -> None:
+        require_tensor("active", self.active)
+        if self.active.dtype != torch.bool:
+            raise TypeError(message("E3", "dtype of active", self.active.dtype, "torch.bool"))
+
+
+def from_block_mask(block_mask: BlockMask) -> tuple[BlockMap, Tensor | None]:
+    """A FlexAttention `BlockMask` as V5 reads it: its blocks, and what partial blocks hold.
+
+    Args:
+        block_mask: `torch.nn.attention.flex_attention.BlockMask`; its `mask_mod` is evaluated once
+            over all pairs.
+
+    Returns:
+        The block map, and the dense mask `[B, H, Sq, Sk]` that `mask_mod` gives inside partial
+        blocks, or None when there is no `mask_mod` to speak of.
+    """
+    from torch.nn.attention.flex_attention import create_mask, noop_mask
+
+    partial = _listed_blocks(block_mask.kv_num_blocks, block_mask.kv_indices)
+    active = partial
+    if block_mask.full_kv_num_blocks is not None:
+        active = partial | _listed_blocks(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+    block_map = BlockMap(active, tuple(block_mask.BLOCK_SIZE))
+    if block_mask.mask_mod is noop_mask:
+        return block_map, None
+    (seqlen_q, seqlen_k), (rows, keys) = block_mask.seq_lengths, block_mask.BLOCK_SIZE
+    elements = create_mask(
+        block_mask.mask_mod, *partial.shape[:2], seqlen_q, seqlen_k, device=partial.device
+    )
+    inside = partial.repeat_interleave(rows, -2).repeat_interleave(keys, -1)[
+        ..., :seqlen_q, :seqlen_k
+    ]
+    return block_map, elements | ~inside
+
+
+def _listed_blocks(counts: Tensor, indices: Tensor) -> Tensor:
+    """Bool map of the first `counts` entries of each row of `indices`."""
+    listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
+    empty = torch.zeros(indices.shape, dtype=torch.bool, device=indices.device)
+    return empty.scatter_reduce(-1, indices.long(), listed, "amax")

@@ -1,0 +1,163 @@
+"""The operators `flash_sparse_attn::forward` and `::backward`, which carry every call.
+
+Their schemas are derived from the fields of `AttentionTensors` and `AttentionOptions`. Calls are
+validated inside the operators, and inside their fakes, so eager calls, `torch.compile` and
+`torch.export` meet the same checks before anything is launched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import dispatch
+from .problem import OPTION_NAMES, AttentionOptions, AttentionProblem, Form
+from .tensors import DIFFERENTIABLE, TENSOR_NAMES, AttentionTensors
+from .validation import describe
+
+_SCHEMA_TYPES = {
+    "str": "str",
+    "str | None": "str?",
+    "float": "float",
+    "bool": "bool",
+    "int": "SymInt",
+    "int | None": "SymInt?",
+}
+_TENSORS = ", ".join(f"Tensor{'' if name in 'qkv' else '?'} {name}" for name in TENSOR_NAMES)
+_OPTIONS = ", ".join(
+    f"{_SCHEMA_TYPES[field.type]} {field.name}" for field in fields(AttentionOptions)
+)
+_TENSORS_END = len(TENSOR_NAMES)
+_OPTIONS_END = _TENSORS_END + len(OPTION_NAMES)
+
+_library = torch.library.Library("flash_sparse_attn", "DEF")
+_library.define(
+    f"forward({_TENSORS}, {_OPTIONS}, str? backend, str grads) -> (Tensor o, Tensor lse)"
+)
+_library.define(
+    f"backward(Tensor do, Tensor? dlse, Tensor o, Tensor lse, {_TENSORS}, {_OPTIONS}, "
+    "str? backend, str grads) -> Tensor[]"
+)
+
+
+def attention(
+    tensors: AttentionTensors, options: AttentionOptions, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """Run one call: `(o, lse)`, differentiable in both.
+
+    Args:
+        tensors: the tensor arguments.
+        options: the scalar arguments.
+        backend: name of a backend, or None for the first that serves the call.
+
+    Raises:
+        TypeError, ValueError: the call breaks an E rule.
+        NotImplementedError, ImportError: E9.
+    """
+    given = [getattr(tensors, name) for name in TENSOR_NAMES]
+    grads = ""
+    if torch.is_grad_enabled():
+        grads = ",".join(name for name in DIFFERENTIABLE if _requires_grad(getattr(tensors, name)))
+    values = [getattr(options, name) for name in OPTION_NAMES]
+    return torch.ops.flash_sparse_attn.forward(*given, *values, backend, grads)
+
+
+def _requires_grad(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad
+
+
+def _read(arguments: Sequence[Any]) -> tuple[AttentionTensors, AttentionProblem, str | None]:
+    """The flat arguments of an operator, validated."""
+    tensors = AttentionTensors(*arguments[:_TENSORS_END])
+    options = AttentionOptions(
+        **dict(zip(OPTION_NAMES, arguments[_TENSORS_END:_OPTIONS_END], strict=True))
+    )
+    backend, grads = arguments[_OPTIONS_END:]
+    return tensors, describe(tensors, options, grads.split(",") if grads else ()), backend
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    tensors, problem, backend = _read(arguments)
+    return dispatch.select(problem, backend).forward(problem, tensors)
+
+
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    tensors, problem, _ = _read(arguments)
+    q = tensors.q
+    rows = (problem.heads_q, problem.seqlen_q)
+    lse_shape = rows if problem.form == Form.PACKED else (problem.batch, *rows)
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty((*q.shape[:-1], problem.head_dim_v)), q.new_empty(lse_shape, dtype=lse_dtype)
+
+
+def _backward(
+    do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, *arguments: Any
+) -> list[Tensor]:
+    tensors, problem, backend = _read(arguments)
+    gradients = dispatch.select(problem, backend).backward(problem, tensors, o, lse, do, dlse)
+    # Backends sum in float32 (G1); autograd wants the dtype of the input.
+    return [gradients[name].to(getattr(tensors, name).dtype).contiguous() for name in problem.grads]
+
+
+def _backward_fake(
+    do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, *arguments: Any
+) -> list[Tensor]:
+    tensors, problem, _ = _read(arguments)
+    inputs = [getattr(tensors, name) for name in problem.grads]
+    return [tensor.new_empty(tensor.shape) for tensor in inputs]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:_TENSORS_END], *output)
+    ctx.arguments = inputs[_TENSORS_END:]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    *given, o, lse = ctx.saved_tensors
+    do = torch.zeros_like(o) if do is None else do
+    gradients = torch.ops.flash_sparse_attn.backward(do, dlse, o, lse, *given, *ctx.arguments)
+    *_, grads = ctx.arguments
+    named = dict(zip(grads.split(","), gradients, strict=True))
+    return *(named.get(name) for name in TENSOR_NAMES), *(None for _ in ctx.arguments)
+
+
+def _count(arguments: Sequence[Any], products: int) -> int:
+    """FLOPs of `products` matrix products over the pairs that sizes and causality leave.
+
+    Masks whose data is not known here count as full: an upper bound.
+    """
+    q, k, v = arguments[:3]
+    causal = arguments[_TENSORS_END + OPTION_NAMES.index("causal")]
+    batch, (heads, head_dim), head_dim_v = q[0] if len(q) == 4 else 1, q[-2:], v[-1]
+    rows, keys = q[-3], k[-3]
+    pairs = rows * keys
+    if causal:
+        first = max(0, rows - keys)  # rows that see nothing
+        seen = rows - first
+        pairs = seen * (keys - rows + first) + seen * (seen + 1) // 2
+    return batch * heads * pairs * (head_dim + head_dim_v) * products
+
+
+_library.impl("forward", _forward, "CompositeExplicitAutograd")
+_library.impl("backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("flash_sparse_attn::forward", _forward_fake, lib=_library)
+torch.library.register_fake("flash_sparse_attn::backward", _backward_fake, lib=_library)
+torch.library.register_autograd(
+    "flash_sparse_attn::forward", _differentiate, setup_context=_save, lib=_library
+)
+
+
+@register_flop_formula(torch.ops.flash_sparse_attn.forward)
+def _forward_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
+    return _count(shapes, 2)
+
+
+@register_flop_formula(torch.ops.flash_sparse_attn.backward)
+def _backward_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
+    return _count(shapes[4:], 5)

@@ -1,0 +1,83 @@
+"""Mask objects: constructors against element rules, BlockMask against its own dense form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+
+from flash_sparse_attn import BlockMap, IntervalMask, flash_sparse_attn_func
+from flash_sparse_attn.masks import from_block_mask
+
+
+def positions(sq, sk):
+    """(p_i as a column, j as a row)."""
+    return torch.arange(sq)[:, None] + sk - sq, torch.arange(sk)[None, :]
+
+
+@pytest.mark.parametrize(("sq", "sk"), [(7, 7), (4, 9), (9, 4), (1, 5)])
+def test_causal_and_window(sq, sk):
+    p, j = positions(sq, sk)
+    assert torch.equal(IntervalMask.causal(sq, sk).to_dense(sq)[0, 0], j <= p)
+    mask = IntervalMask.window(sq, sk, 2, 1).to_dense(sq)[0, 0]
+    assert torch.equal(mask, (j >= p - 2) & (j <= p + 1))
+    sinks = IntervalMask.window(sq, sk, 1, 0, sinks=2).to_dense(sq)[0, 0]
+    assert torch.equal(sinks, ((j >= p - 1) & (j <= p)) | (j < 2))
+
+
+def test_documents_and_keys_and_intersection():
+    cu = torch.tensor([0, 3, 4, 9], dtype=torch.int32)
+    document = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 2])
+    same = document[:, None] == document[None, :]
+    documents = IntervalMask.documents(cu, 9)
+    assert torch.equal(documents.to_dense(9)[0, 0], same)
+    keep = torch.rand(2, 9, generator=torch.Generator().manual_seed(0)) > 0.5
+    both = documents & IntervalMask.keys(keep, 9) & IntervalMask.causal(9, 9)
+    p, j = positions(9, 9)
+    assert torch.equal(both.to_dense(9)[:, 0], same & keep[:, None, :] & (j <= p))
+
+
+def test_topk_takes_padding_and_other_query_lengths():
+    scores = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(0))
+    real = torch.ones(2, 12, dtype=torch.bool)
+    real[1, 8:] = False
+    dense = IntervalMask.topk(scores, 4, key_padding_mask=real, seqlen_q=5).to_dense(5)
+    p, j = positions(5, 12)
+    seen = (real[:, None, None, :] & (j <= p)).expand(2, 3, 5, 12)
+    ranked = scores[:, :, None, :].masked_fill(~seen, -torch.inf).argsort(-1, descending=True)
+    want = torch.zeros_like(seen).scatter(-1, ranked[..., :4], True) & seen
+    assert torch.equal(dense, want)
+
+
+def test_conjunction_of_masks_in_one_call():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 10, 2, 8, dtype=torch.float64) for _ in range(3))
+    dense = torch.rand(1, 1, 10, 10) > 0.3
+    blocks = BlockMap(torch.rand(1, 2, 3, 3) > 0.3, (4, 4))
+    intervals = IntervalMask.topk(torch.randn(1, 2, 10), 5)
+    everywhere = blocks.active.repeat_interleave(4, 2).repeat_interleave(4, 3)[..., :10, :10]
+    got = flash_sparse_attn_func(q, k, v, (dense, blocks, intervals))
+    want = flash_sparse_attn_func(q, k, v, dense & everywhere & intervals.to_dense(10))
+    torch.testing.assert_close(got, want)
+
+
+def test_block_mask_is_its_mask_mod():
+    def mod(b, h, q, k):
+        return (q >= k) & (q - k < 150) & ((k % 3 != 0) | (h == 1))
+
+    block_mask = create_block_mask(mod, 1, 2, 300, 260, device="cpu")
+    torch.manual_seed(0)
+    q = torch.randn(1, 300, 2, 8, dtype=torch.float64)
+    k, v = (torch.randn(1, 260, 2, 8, dtype=torch.float64) for _ in range(2))
+    i, j = torch.arange(300)[:, None], torch.arange(260)[None, :]
+    dense = torch.stack([mod(0, torch.tensor(h), i, j) for h in range(2)])[None]
+    got = flash_sparse_attn_func(q, k, v, block_mask)
+    torch.testing.assert_close(got, flash_sparse_attn_func(q, k, v, dense))
+
+
+def test_block_mask_without_elements_gives_no_dense_mask():
+    block_mask = create_block_mask(lambda b, h, q, k: q >= k, 1, 1, 256, 256, device="cpu")
+    block_map, elements = from_block_mask(block_mask)
+    assert block_map.block_size == (128, 128)
+    assert torch.equal(elements[0, 0, :128, :128], torch.ones(128, 128).tril().bool())
+    assert torch.equal(block_map.active[0, 0], torch.tensor([[True, False], [True, True]]))

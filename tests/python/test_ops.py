@@ -1,0 +1,166 @@
+"""The operators as PyTorch sees them: fakes, autograd, compile, autocast, strides, FLOPs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from flash_sparse_attn import IntervalMask, flash_sparse_attn_func, flash_sparse_attn_varlen_func
+from flash_sparse_attn.problem import OPTION_NAMES, AttentionOptions
+from flash_sparse_attn.tensors import TENSOR_NAMES, AttentionTensors
+
+
+def make(sq=12, sk=16, hq=4, hkv=2, d=8, dtype=torch.float32, grad=True):
+    """q, k, v on the CPU."""
+    torch.manual_seed(0)
+    shapes = ((2, sq, hq, d), (2, sk, hkv, d), (2, sk, hkv, d))
+    return [torch.randn(shape, dtype=dtype, requires_grad=grad) for shape in shapes]
+
+
+def flat(tensors, options, grads):
+    """The flat argument list of the operators."""
+    given = [getattr(tensors, name) for name in TENSOR_NAMES]
+    return [*given, *(getattr(options, name) for name in OPTION_NAMES), None, grads]
+
+
+@pytest.mark.parametrize("terms", ["plain", "bias", "intervals", "gates"])
+def test_opcheck(terms):
+    q, k, v = make()
+    fields, grads, gate = {}, "q,k,v", None
+    if terms == "bias":
+        fields["bias"], grads = torch.randn(1, 2, 1, 16, requires_grad=True), "q,k,v,bias"
+    if terms == "intervals":
+        mask = IntervalMask.topk(torch.randn(2, 2, 16), 5, seqlen_q=12)
+        fields |= {"interval_start": mask.start, "interval_end": mask.end}
+    if terms == "gates":
+        fields["gate_q"] = torch.randn(2, 12, 4, requires_grad=True)
+        fields["gate_k"] = torch.randn(2, 16, 2, requires_grad=True)
+        gate, grads = "logsigmoid", "q,k,v,gate_q,gate_k"
+    options = AttentionOptions(softmax_scale=0.3, causal=True, gate=gate)
+    arguments = flat(AttentionTensors(q, k, v, **fields), options, grads)
+    results = torch.library.opcheck(torch.ops.flash_sparse_attn.forward.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_compile_is_one_graph_and_equal():
+    q, k, v = make()
+    bias = torch.randn(2, 2, 1, 16, requires_grad=True)
+    scores = torch.randn(2, 2, 16)
+
+    def step(q, k, v, bias):
+        mask = IntervalMask.topk(scores, 5, seqlen_q=12)
+        return flash_sparse_attn_func(q, k, v, mask, bias, is_causal=True, window=(8, None))
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    eager = step(q, k, v, bias)
+    torch.testing.assert_close(compiled(q, k, v, bias), eager, rtol=0, atol=0)
+    inputs = (q, k, v, bias)
+    got = torch.autograd.grad(compiled(*inputs).square().sum(), inputs)
+    want = torch.autograd.grad(step(*inputs).square().sum(), inputs)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_compile_with_dynamic_lengths():
+    step = torch.compile(
+        lambda q, k, v: flash_sparse_attn_func(q, k, v, is_causal=True),
+        fullgraph=True,
+        backend="aot_eager",
+        dynamic=True,
+    )
+    for length in (8, 11, 17):
+        q, k, v = make(length, length)
+        torch.testing.assert_close(step(q, k, v), flash_sparse_attn_func(q, k, v, is_causal=True))
+
+
+def test_bias_alone_requires_grad():
+    q, k, v = make(grad=False)
+    bias = torch.randn(1, 1, 12, 16, requires_grad=True)
+    flash_sparse_attn_func(q, k, v, attn_bias=bias).sum().backward()
+    assert bias.grad.shape == bias.shape
+    assert q.grad is None
+
+
+def test_bias_gradient_has_the_dtype_and_shape_of_the_bias():
+    q, k, v = make(dtype=torch.bfloat16)
+    bias = torch.randn(1, 4, 1, 16, dtype=torch.bfloat16, requires_grad=True)
+    flash_sparse_attn_func(q, k, v, attn_bias=bias).float().square().sum().backward()
+    assert bias.grad.dtype == torch.bfloat16
+    assert bias.grad.shape == bias.shape
+
+
+def test_no_gradient_is_recorded_without_need():
+    q, k, v = make()
+    with torch.no_grad():
+        assert not flash_sparse_attn_func(q, k, v).requires_grad
+    assert flash_sparse_attn_func(q, k, v).requires_grad
+
+
+def test_gradient_through_lse_alone():
+    q, k, v = make()
+    _, lse = flash_sparse_attn_func(q, k, v, return_lse=True)
+    lse.sum().backward()
+    assert q.grad.abs().sum() > 0
+    assert v.grad.abs().sum() == 0
+
+
+def test_query_may_be_key_and_value():
+    q = torch.randn(1, 9, 2, 8, dtype=torch.float64, requires_grad=True)
+    flash_sparse_attn_func(q, q, q, is_causal=True).square().sum().backward()
+    parts = [q.detach().clone().requires_grad_() for _ in range(3)]
+    flash_sparse_attn_func(*parts, is_causal=True).square().sum().backward()
+    torch.testing.assert_close(q.grad, sum(part.grad for part in parts))
+
+
+def test_transposed_and_expanded_inputs():
+    q, k, v = make(grad=False)
+    transposed = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    torch.testing.assert_close(flash_sparse_attn_func(*transposed), flash_sparse_attn_func(q, k, v))
+    shared = k[:1].expand(2, -1, -1, -1)
+    want = flash_sparse_attn_func(q, shared.contiguous(), v)
+    torch.testing.assert_close(flash_sparse_attn_func(q, shared, v), want)
+
+
+def test_autocast_takes_its_dtype():
+    q, k, v = make()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = flash_sparse_attn_func(q, k, v)
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert q.grad.dtype == torch.float32
+
+
+def test_deterministic_flag_of_torch_reaches_the_problem(monkeypatch):
+    from flash_sparse_attn import dispatch
+
+    seen = []
+    select = dispatch.select
+    monkeypatch.setattr(dispatch, "select", lambda p, name: seen.append(p) or select(p, name))
+    q, k, v = make(grad=False)
+    flash_sparse_attn_func(q, k, v)
+    torch.use_deterministic_algorithms(True)
+    try:
+        flash_sparse_attn_func(q, k, v)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert [p.deterministic for p in seen] == [False, True]
+
+
+def test_packed_form_through_the_operators():
+    q, k, v = (x[0].detach().requires_grad_() for x in make(16, 16))
+    cu = torch.tensor([0, 5, 16], dtype=torch.int32)
+    out = flash_sparse_attn_varlen_func(q, k, v, cu, cu, 11, 11, is_causal=True)
+    out.square().sum().backward()
+    head = flash_sparse_attn_func(q[None, :5], k[None, :5], v[None, :5], is_causal=True)[0]
+    torch.testing.assert_close(out[:5], head)
+    assert q.grad.shape == q.shape
+
+
+def test_flops_are_counted_on_causal_pairs():
+    q, k, v = make(16, 16)
+    with FlopCounterMode(display=False) as counter:
+        flash_sparse_attn_func(q, k, v, is_causal=True).sum().backward()
+    pairs = 16 * 17 // 2
+    forward = 2 * 2 * 2 * 4 * pairs * 8  # two products, two FLOPs, B 2, Hq 4, D 8
+    assert counter.get_total_flops() == forward + forward * 5 // 2
