@@ -81,21 +81,21 @@ def render(found: dict[str, Any]) -> str:
     """The text form of `collect`'s answer."""
     lines = ["versions"]
     for name, version in found["versions"].items():
-        lines.append(f"  {name:<20}{version or 'none'}")
+        lines.append(f"  {name:<22}{version or 'none'}")
     lines.append("devices")
     for device in found["devices"]:
         memory = f"{device['memory'] / 2**30:.1f} GiB"
         lines.append(
-            f"  {device['device']:<20}{device['name']}, capability {device['capability']}, {memory}"
+            f"  {device['device']:<22}{device['name']}, capability {device['capability']}, {memory}"
         )
     if not found["devices"]:
-        lines.append("  cpu                 no CUDA device")
+        lines.append(f"  {'cpu':<22}no CUDA device")
     lines.append("backends, in order of preference")
     for name, backend in found["backends"].items():
-        lines.append(f"  {name:<20}{'no' if backend['reasons'] else 'available'}")
-        lines += [f"    because           {reason}" for reason in backend["reasons"]]
+        lines.append(f"  {name:<22}{'no' if backend['reasons'] else 'available'}")
+        lines += [f"    {'because':<20}{reason}" for reason in backend["reasons"]]
         for key, value in {**(backend["build_option"] or {}), **(backend["info"] or {})}.items():
-            lines.append(f"    {key:<18}{_line(value)}")
+            lines.append(f"    {key:<20}{_line(value)}")
     return "\n".join(lines)
 
 
