@@ -1,0 +1,148 @@
+"""Suites and cases: the benchmark's data, read from `cases.toml`."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+COMMANDS = ("forward", "backward")
+"""What a case can be run for, unless its `commands` says less."""
+
+MASKS = (None, "keys", "topk", "random")
+BIASES = (None, "key", "pair")
+DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One problem: B, Sq = Sk = S, Hq, Hkv, D, and which pairs are visible.
+
+    Attributes:
+        batch, seqlen, heads_q, heads_kv, head_dim: sizes.
+        dtype: "float32", "float16" or "bfloat16".
+        causal: V1.
+        mask: None; "keys": `[1, 1, 1, S]`, the `window_size` best keys, for every row alike (M4);
+            "topk": the `window_size` best keys a row can see (M5); "random": `[1, 1, S, S]`, each
+            pair visible with probability `density`. Keys are chosen by the key bias, or by random
+            scores where there is none.
+        mask_form: "dense", a bool tensor; or, of "topk", "intervals" (V4) for those who take them.
+        window_size: w of "keys" and "topk".
+        density: of "random".
+        bias: None; "key": `[1, 1, 1, S]`; "pair": `[1, 1, S, S]` (S4), in `dtype`.
+        bias_grad: whether the backward computes the gradient of the bias.
+        sweep: the field that varies along a line of a plot, if any.
+        seed: of the random inputs.
+
+    Raises:
+        ValueError: a field is unknown, missing, or has no meaning beside the others.
+    """
+
+    seqlen: int
+    heads_q: int
+    heads_kv: int
+    head_dim: int
+    batch: int = 1
+    dtype: str = "bfloat16"
+    causal: bool = False
+    mask: str | None = None
+    mask_form: str = "dense"
+    window_size: int | None = None
+    density: float | None = None
+    bias: str | None = None
+    bias_grad: bool = False
+    sweep: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("mask", MASKS), ("bias", BIASES), ("dtype", tuple(DTYPES))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {allowed}")
+        if self.mask_form not in ("dense", "intervals"):
+            raise ValueError(f"mask_form: got {self.mask_form!r}, expected 'dense' or 'intervals'")
+        if self.mask_form == "intervals" and self.mask != "topk":
+            raise ValueError(f"mask_form 'intervals': got mask {self.mask!r}, expected 'topk'")
+        if (self.window_size is not None) != (self.mask in ("keys", "topk")):
+            raise ValueError(f"window_size: got {self.window_size} with mask {self.mask!r}")
+        if (self.density is not None) != (self.mask == "random"):
+            raise ValueError(f"density: got {self.density} with mask {self.mask!r}")
+        if self.mask == "topk" and not self.causal:
+            raise ValueError("mask 'topk' is the causal one (M5): expected causal = true")
+        if self.bias_grad and self.bias is None:
+            raise ValueError("bias_grad: got true without a bias")
+
+    @property
+    def name(self) -> str:
+        """One line that tells cases apart; `--only` matches it."""
+        heads = f"{self.heads_q}" + (f"/{self.heads_kv}" if self.heads_kv != self.heads_q else "")
+        words = [f"B{self.batch} S{self.seqlen} H{heads} D{self.head_dim} {DTYPES[self.dtype]}"]
+        if self.causal:
+            words.append("causal")
+        if self.mask == "random":
+            words.append(f"mask=random({self.density:g})")
+        elif self.mask:
+            words.append(f"mask={self.mask}({self.window_size})")
+        if self.mask_form == "intervals":
+            words.append("as-intervals")
+        if self.bias:
+            words.append(f"bias={self.bias}")
+        if self.bias_grad:
+            words.append("dbias")
+        return " ".join(words)
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """Inputs whose gradients the backward computes."""
+        return ("q", "k", "v", "bias") if self.bias_grad else ("q", "k", "v")
+
+    def asdict(self) -> dict[str, Any]:
+        """The fields, as they are written to a result."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Cases under one name, with a line that says what they have in common."""
+
+    name: str
+    about: str
+    cases: tuple[Case, ...]
+
+
+def names() -> tuple[str, ...]:
+    """Names of all suites."""
+    return tuple(_read())
+
+
+def load(name: str, command: str) -> Suite:
+    """The cases of suite `name` that `command` runs.
+
+    Raises:
+        ValueError: there is no such suite, or it is not well formed.
+    """
+    suites = _read()
+    if name not in suites:
+        raise ValueError(f"suite: got {name!r}, expected one of {sorted(suites)}")
+    table = suites[name]
+    cases: list[Case] = []
+    for row in table["case"]:
+        fields = table["common"] | row
+        if command in fields.pop("commands", COMMANDS):
+            cases += _expand(fields)
+    repeated = {case.name for case in cases if sum(case.name == c.name for c in cases) > 1}
+    swept = {case.name for case in cases if case.sweep}
+    if repeated - swept:
+        raise ValueError(f"suite {name!r}: cases given twice: {sorted(repeated - swept)}")
+    return Suite(name, table["about"], tuple(cases))
+
+
+def _expand(fields: dict[str, Any]) -> list[Case]:
+    sweep = fields.get("sweep")
+    if sweep is None:
+        return [Case(**fields)]
+    return [Case(**(fields | {sweep: value})) for value in fields[sweep]]
+
+
+def _read() -> dict[str, Any]:
+    return tomllib.loads(Path(__file__).with_name("cases.toml").read_text(encoding="utf-8"))

@@ -1,0 +1,101 @@
+"""A sanity check before a contender is timed: its results against the reference, on some rows.
+
+The reference takes O(S²) memory, so it computes a few rows only. `do` is 0 outside these rows;
+then dk, dv and the bias's gradient come from them alone and are compared in full, and dq must be 0
+elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flash_sparse_attn import reference
+
+from .cases import Case
+from .inputs import Inputs
+
+ROWS = 16
+TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 2e-2}
+"""Largest ‖x − reference‖ / ‖reference‖: a contender may use TF32, or round P, dS and db once."""
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What the reference says about some rows.
+
+    Attributes:
+        rows: int64 `[n]`, rows that see at least one key.
+        do: `[B, S, Hq, D]`, 0 outside `rows`.
+        values: "o" and each of the case's leaves -> tensor; those with a row dim hold `rows` only.
+    """
+
+    rows: Tensor
+    do: Tensor
+    values: dict[str, Tensor]
+
+
+def expect(case: Case, inputs: Inputs, backward: bool) -> Expected:
+    """Ask the reference, in float32 (float64 for float32 inputs)."""
+    wide = torch.float64 if case.dtype == "float32" else torch.float32
+    rows = _rows(inputs.visible)
+    with torch.no_grad():
+        arguments = [x.to(wide) for x in (inputs.q[:, rows], inputs.k, inputs.v)]
+        terms = {"mask": inputs.visibility(rows), "softmax_scale": case.head_dim**-0.5}
+        if inputs.bias is not None:
+            bias = inputs.bias if case.bias == "key" else inputs.bias[:, :, rows]
+            terms["bias"] = bias.to(wide)
+        values = {"o": reference.attention(*arguments, **terms)[0]}
+        do = torch.zeros_like(inputs.do)
+        do[:, rows] = inputs.do[:, rows]
+        if backward:
+            upstream = inputs.do[:, rows].to(wide)
+            gradients = reference.attention_backward(upstream, None, *arguments, **terms)
+            values |= {name: gradients[name] for name in case.leaves}
+    return Expected(rows, do, values)
+
+
+def errors(expected: Expected, got: dict[str, Tensor]) -> dict[str, float]:
+    """Relative error ‖x − reference‖ / ‖reference‖ of each value; NaN where x is not finite.
+
+    Args:
+        expected: the reference's answer.
+        got: "o" and gradients of all rows, for the upstream gradient `expected.do`.
+    """
+    return {
+        name: _error(name, got[name], want, expected.rows) for name, want in expected.values.items()
+    }
+
+
+def wrong(case: Case, found: dict[str, float]) -> str | None:
+    """Why results with these errors must not be timed, if there is a reason."""
+    bound = TOLERANCE[case.dtype]
+    bad = [f"{_title(n)} is off by {e:.2g}" for n, e in found.items() if not e <= bound]
+    return f"{', '.join(bad)} (relative, bound {bound:g})" if bad else None
+
+
+def _rows(visible: Tensor) -> Tensor:
+    """First, last, and evenly spread rows that see a key."""
+    seeing = visible.nonzero()[:, 0]
+    if not len(seeing):
+        raise ValueError("the case has no row that sees a key")
+    return seeing[torch.linspace(0, len(seeing) - 1, ROWS, device=seeing.device).long()].unique()
+
+
+def _error(name: str, got: Tensor, want: Tensor, rows: Tensor) -> float:
+    dim = {"o": 1, "q": 1}.get(name, 2 if name == "bias" and want.shape[2] == len(rows) else None)
+    got = got.detach()
+    rest = got.new_zeros(())
+    if dim is not None:
+        if name != "o":  # a row whose do is 0 has no gradient
+            rest = got.index_fill(dim, rows, 0)
+        got = got.index_select(dim, rows)
+    norm = torch.linalg.vector_norm
+    off = torch.hypot(norm(got.to(want.dtype) - want), norm(rest, dtype=want.dtype))
+    return float(off / norm(want))
+
+
+def _title(name: str) -> str:
+    return {"o": "o", "bias": "db"}.get(name, f"d{name}")

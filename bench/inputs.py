@@ -1,0 +1,145 @@
+"""The tensors of a case, which pairs they make visible, and what that costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flash_sparse_attn import IntervalMask
+from flash_sparse_attn.utils.mask import create_mask
+
+from .cases import Case
+
+ROWS_AT_ONCE = 1024
+"""Rows whose visibility is held as bools at a time."""
+
+BACKWARD_FACTOR = 2.5
+"""Five matrix products against two."""
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What every contender is given. Layout `[B, S, H, D]`, contiguous, normal values.
+
+    Attributes:
+        q, k, v, do: `[B, S, Hq, D]`, `[B, S, Hkv, D]` twice, `[B, S, Hq, D]`.
+        causal: V1, on top of the mask.
+        mask: bool `[1, 1, {S,1}, S]`, None if there is none or it is given as intervals.
+        intervals: the mask as V4, for the form "intervals".
+        bias: `[1, 1, {S,1}, S]`.
+        visible: int64 `[S]`, number of keys that each row sees; the same for all batches and heads.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    do: Tensor
+    causal: bool
+    mask: Tensor | None
+    intervals: IntervalMask | None
+    bias: Tensor | None
+    visible: Tensor
+
+    @property
+    def pairs(self) -> int:
+        """Visible pairs over all batches and query heads."""
+        return int(self.visible.sum()) * self.q.shape[0] * self.q.shape[2]
+
+    def leaves(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+        """The named inputs, for `torch.autograd.grad`."""
+        return tuple(getattr(self, name) for name in names)
+
+    def visibility(self, rows: Tensor) -> Tensor:
+        """Bool `[1, 1, rows, S]`: the V rules of the case for the given rows."""
+        return visibility(rows, self.q.shape[1], self.causal, self.mask, self.intervals)
+
+
+def build(case: Case, device: torch.device, requires_grad: bool) -> Inputs:
+    """Random inputs of a case; `requires_grad` for those in `case.leaves`."""
+    generator = torch.Generator(device).manual_seed(case.seed)
+    dtype = getattr(torch, case.dtype)
+
+    def normal(*shape: int, name: str = "") -> Tensor:
+        tensor = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        return tensor.requires_grad_(requires_grad and name in case.leaves)
+
+    batch, length, dim = case.batch, case.seqlen, case.head_dim
+    bias_rows = {"key": 1, "pair": length}
+    bias = normal(1, 1, bias_rows[case.bias], length, name="bias") if case.bias else None
+    scores = bias.detach() if case.bias == "key" else normal(1, 1, 1, length)
+    mask, intervals = _mask(case, scores, generator)
+    return Inputs(
+        q=normal(batch, length, case.heads_q, dim, name="q"),
+        k=normal(batch, length, case.heads_kv, dim, name="k"),
+        v=normal(batch, length, case.heads_kv, dim, name="v"),
+        do=normal(batch, length, case.heads_q, dim),
+        causal=case.causal,
+        mask=mask,
+        intervals=intervals,
+        bias=bias,
+        visible=_visible(length, case.causal, mask, intervals, device),
+    )
+
+
+def visibility(
+    rows: Tensor, length: int, causal: bool, mask: Tensor | None, intervals: IntervalMask | None
+) -> Tensor:
+    """Bool `[1, 1, rows, length]` (V1, V3, V4), for Sq = Sk = `length`."""
+    i, j = rows[:, None], torch.arange(length, device=rows.device)
+    seen = (j <= i) if causal else rows.new_ones((len(rows), length), dtype=torch.bool)
+    seen = seen[None, None]
+    if mask is not None:
+        seen = seen & (mask if mask.shape[2] == 1 else mask[:, :, rows])
+    if intervals is not None:
+        seen = seen & (intervals.start[:, :, None] <= i) & (i < intervals.end[:, :, None])
+    return seen
+
+
+def flops(case: Case, pairs: int) -> dict[str, float]:
+    """Floating-point operations on visible pairs, by quantity timed.
+
+    Forward: two products, 2 D operations each a pair. Causal counts exactly the visible pairs,
+    S (S + 1) / 2 a head. Backward: 2.5 times the forward.
+    """
+    forward = 4.0 * case.head_dim * pairs
+    return {
+        "forward": forward,
+        "backward": BACKWARD_FACTOR * forward,
+        "forward+backward": (1 + BACKWARD_FACTOR) * forward,
+    }
+
+
+def _mask(
+    case: Case, scores: Tensor, generator: torch.Generator
+) -> tuple[Tensor | None, IntervalMask | None]:
+    """`(mask, intervals)` of a case; `scores` `[1, 1, 1, S]`."""
+    length, width = case.seqlen, case.window_size
+    if case.mask == "keys":
+        return create_mask(scores, length, window_size=width), None
+    if case.mask == "random":
+        empty = torch.empty((1, 1, length, length), dtype=torch.bool, device=scores.device)
+        return empty.bernoulli_(case.density, generator=generator), None
+    if case.mask == "topk":
+        intervals = IntervalMask.topk(scores[:, :, 0], width)
+        if case.mask_form == "intervals":
+            return None, intervals
+        dense = [
+            visibility(rows, length, False, None, intervals)
+            for rows in torch.arange(length, device=scores.device).split(ROWS_AT_ONCE)
+        ]
+        return torch.cat(dense, dim=2), None
+    return None, None
+
+
+def _visible(
+    length: int,
+    causal: bool,
+    mask: Tensor | None,
+    intervals: IntervalMask | None,
+    device: torch.device,
+) -> Tensor:
+    every = torch.arange(length, device=device).split(ROWS_AT_ONCE)
+    counts = [visibility(rows, length, causal, mask, intervals).sum(3)[0, 0] for rows in every]
+    return torch.cat(counts)

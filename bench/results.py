@@ -1,0 +1,92 @@
+"""Results as plain data: what a file holds, how it is written and read.
+
+    {"schema", "command", "suite", "about", "settings", "environment", "readings_after",
+     "cases": [{"name", "case", "pairs", "flops", "rows": [row]}]}
+
+A row is a contender on a case, whether it could run or not; see `Row`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+
+OK = "ok"
+UNAVAILABLE = "unavailable"
+UNSUPPORTED = "unsupported"
+WRONG = "wrong"
+FAILED = "failed"
+STATUSES = (OK, UNAVAILABLE, UNSUPPORTED, WRONG, FAILED)
+"""Timed; cannot run here or does not do such cases; its own answer E9; wrong result; raised."""
+
+FOLDER = Path(__file__).with_name("results")
+
+
+@dataclass
+class Row:
+    """One contender on one case.
+
+    Attributes:
+        contender: its name.
+        ours: whether it is this project's own.
+        status: one of `STATUSES`.
+        reason: why not every quantity was timed; None if all were.
+        notes: what a reader of the numbers must know.
+        errors: relative error of "o", "q", ... against the reference, on some rows.
+        first_call_ms: wall time of the first call, compilation included.
+        setup_ms: time of what is built once a mask, not in `times`.
+        memory_setup: bytes of what was built once and stays.
+        memory_call: peak bytes of a call (with its backward, if that is measured) above what was
+            allocated before it; None off the GPU, as `memory_setup`.
+        times: quantity -> {"median_ms", "q1_ms", "q3_ms", "repetitions", "tflops"}.
+    """
+
+    contender: str
+    ours: bool
+    status: str = OK
+    reason: str | None = None
+    notes: list[str] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)
+    first_call_ms: float | None = None
+    setup_ms: float | None = None
+    memory_setup: int | None = None
+    memory_call: int | None = None
+    times: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def refuse(self, status: str, reason: str) -> None:
+        """Say why it is not timed, or no further: what was timed before stays."""
+        self.status, self.reason = status, reason
+
+    def asdict(self) -> dict[str, Any]:
+        """As it is written."""
+        return asdict(self)
+
+
+def path(out: Path, device_folder: str, command: str, suite: str, graph: bool) -> Path:
+    """Where the result of a run is written."""
+    return out / device_folder / f"{command}-{suite}{'-graph' if graph else ''}.json"
+
+
+def save(result: dict[str, Any], where: Path) -> None:
+    """Write a result; a reader sees the old file or the new one, never a part."""
+    where.parent.mkdir(parents=True, exist_ok=True)
+    partial = where.with_suffix(".json.part")
+    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, where)
+
+
+def load(where: Path) -> dict[str, Any]:
+    """Read a result.
+
+    Raises:
+        ValueError: it is of another schema.
+    """
+    result = json.loads(where.read_text(encoding="utf-8"))
+    if result.get("schema") != SCHEMA:
+        raise ValueError(f"schema of {where}: got {result.get('schema')}, expected {SCHEMA}")
+    return result
