@@ -1,0 +1,1 @@
+"""Kernels and what launches them. Importing a module of this package needs Triton."""

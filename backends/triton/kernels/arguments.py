@@ -1,0 +1,259 @@
+"""What the kernels are given: the call's tensors and options as named tuples, built from metadata
+alone.
+
+A field wrapped in `tl.constexpr`, and a tuple or field that is None, is known when a kernel is
+compiled: kernels branch on those without cost.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from flash_sparse_attn.problem import AttentionProblem
+from flash_sparse_attn.tensors import AttentionTensors
+
+from .tuning import Tile
+
+LOG2E = math.log2(math.e)
+LARGEST_TILE = 256
+"""No tile has more rows or columns."""
+
+
+class Operand(NamedTuple):
+    """A `[B, S, H, D]` tensor: data and strides in elements."""
+
+    pointer: Tensor
+    batch: int
+    row: int
+    head: int
+    column: int
+    wide: Any
+    """Whether offsets inside one tile need 64 bits."""
+
+
+class Bounds(NamedTuple):
+    """Lengths and the rules that they and four integers decide (V1, V2). None = unbounded."""
+
+    seqlen_q: int
+    seqlen_k: int
+    left: int | None
+    right: int | None
+    left_sinks: int
+    """Keys below this one are exempt from the left bound."""
+    right_sinks: int
+    """Keys below this one are exempt from the right bound: those of a window, none under V1."""
+
+
+class Score(NamedTuple):
+    """S1 and S2 in base 2, for a raw product x: s2 = outer * x, or outer * tanh(x * inner / (2 log2
+    e)) with softcap.
+    """
+
+    outer: float
+    inner: float | None
+    positive: Any
+    """Whether s2 rises with x, so that a maximum may be taken before scaling."""
+
+
+class Bias(NamedTuple):
+    """S4: data, strides (0 where broadcast) and query heads per bias head."""
+
+    pointer: Tensor
+    batch: int
+    head: int
+    row: int
+    key: int
+    heads_per_head: int
+    has_rows: Any
+    has_keys: Any
+
+
+class PackedMask(NamedTuple):
+    """V3 as bits, int32 words of 32 keys, and as one class byte per block.
+
+    Strides are 0 where broadcast.
+    """
+
+    words: Tensor
+    batch: int
+    head: int
+    row: int
+    word: int
+    heads_per_head: int
+    has_rows: Any
+    classes: Tensor
+    class_batch: int
+    class_head: int
+    class_row: int
+    class_column: int
+
+
+class IntervalRanges(NamedTuple):
+    """V4: start and end, and their extrema per block of keys, int32 `[.., blocks, 4]`."""
+
+    start: Tensor
+    end: Tensor
+    batch: int
+    head: int
+    key: int
+    heads_per_head: int
+    summary: Tensor
+    summary_batch: int
+    summary_head: int
+
+
+class TileLists(NamedTuple):
+    """Tiles to visit, int32 `[.., tile rows, tiles]`, and (full, partial) counts `[.., tile rows,
+    2]`.
+    """
+
+    index: Tensor
+    counts: Tensor
+    batch: int
+    head: int
+    heads_per_head: int
+    """In rows of the lists."""
+
+
+class RowTerms(NamedTuple):
+    """What the backward needs of each row, float32 `[B, Hq, padded]`."""
+
+    lse2: Tensor
+    """lse in base 2; +inf for rows that are empty (O2) or do not exist."""
+    delta: Tensor
+    """<do, o> - dlse (G1)."""
+    padded: int
+
+
+class Visibility(NamedTuple):
+    """Everything that decides which pairs are visible."""
+
+    bounds: Bounds
+    mask: PackedMask | None
+    intervals: IntervalRanges | None
+    block: int
+    """Rows and keys of one block of the mask's classes and of the intervals' summary."""
+
+
+def operand(tensor: Tensor) -> Operand:
+    """Describe a `[B, S, H, D]` tensor of any strides."""
+    wide = max(abs(stride) for stride in tensor.stride()) * LARGEST_TILE >= 2**31
+    batch, row, head, column = tensor.stride()
+    return Operand(tensor, batch, row, head, column, tl.constexpr(wide))
+
+
+def source(tensor: Tensor, rows: int, width: int, tma: bool) -> Operand | TensorDescriptor:
+    """A `[B, S, H, D]` tensor that is read in tiles of `[rows, width]`: a descriptor for the copy
+    engine if `tma` and the layout allow it.
+    """
+    return (
+        _descriptor(tensor, rows, width) if tma and _copy_engine_reads(tensor) else operand(tensor)
+    )
+
+
+def sources(
+    problem: AttentionProblem, tensors: AttentionTensors, do: Tensor, tile: Tile
+) -> tuple[Operand | TensorDescriptor, ...]:
+    """q, k, v and do as every kernel of the backward reads them."""
+    width = block_d(problem)
+    rows = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n, "do": tile.block_m}
+    named = {"q": tensors.q, "k": tensors.k, "v": tensors.v, "do": do}
+    return tuple(source(tensor, rows[name], width, tile.tma) for name, tensor in named.items())
+
+
+def _copy_engine_reads(tensor: Tensor) -> bool:
+    """Contiguous in D, everything else on 16-byte boundaries, nothing empty or expanded."""
+    outer = [
+        (size, stride * tensor.element_size())
+        for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
+    ]
+    return (
+        tensor.numel() > 0
+        and tensor.stride(3) == 1
+        and tensor.data_ptr() % 16 == 0
+        and all(size == 1 or (0 < stride < 2**40 and stride % 16 == 0) for size, stride in outer)
+    )
+
+
+def _descriptor(tensor: Tensor, rows: int, width: int) -> TensorDescriptor:
+    """Over `[B, H, S, D]`. The stride of a dim of size 1 is never used but must be valid."""
+    tensor = tensor.transpose(1, 2)
+    aligned = 16 // tensor.element_size()
+    outer = [
+        aligned if size == 1 else stride
+        for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
+    ]
+    return TensorDescriptor(tensor, list(tensor.shape), [*outer, 1], [1, 1, rows, width])
+
+
+def bounds(problem: AttentionProblem) -> Bounds:
+    """V1 and V2 as one bound on each side.
+
+    Both are clamped to where they stop mattering, so that no sum of them overflows.
+    """
+    reach = problem.seqlen_q + problem.seqlen_k
+    left, right = (None if side is None else min(side, reach) for side in problem.window)
+    sinks = min(problem.sinks, problem.seqlen_k)
+    if problem.causal:
+        right = 0
+    return Bounds(
+        problem.seqlen_q, problem.seqlen_k, left, right, sinks, 0 if problem.causal else sinks
+    )
+
+
+def score(problem: AttentionProblem) -> Score:
+    """S1 and S2 of the problem."""
+    if problem.softcap > 0:
+        inner = problem.softmax_scale / problem.softcap * 2 * LOG2E
+        return Score(problem.softcap * LOG2E, inner, tl.constexpr(True))
+    return Score(problem.softmax_scale * LOG2E, None, tl.constexpr(problem.softmax_scale > 0))
+
+
+def broadcast_strides(tensor: Tensor) -> list[int]:
+    """Strides with 0 for dims of size 1."""
+    return [
+        0 if size == 1 else stride
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
+
+
+def bias(problem: AttentionProblem, tensors: AttentionTensors) -> Bias | None:
+    """S4 of the call."""
+    if tensors.bias is None:
+        return None
+    _, heads, rows, keys = tensors.bias.shape
+    has_keys = keys > 1 or rows == 1
+    return Bias(
+        tensors.bias,
+        *broadcast_strides(tensors.bias),
+        problem.heads_q // heads,
+        tl.constexpr(rows > 1),
+        tl.constexpr(has_keys),
+    )
+
+
+def terms(problem: AttentionProblem, tensors: AttentionTensors, visibility: Visibility) -> tuple:
+    """`*bounds, score, bias, mask, intervals`, as every attention kernel takes them."""
+    return (
+        *visibility.bounds,
+        score(problem),
+        bias(problem, tensors),
+        visibility.mask,
+        visibility.intervals,
+    )
+
+
+def precision(problem: AttentionProblem) -> str:
+    """Arithmetic of matrix products: float32 inputs are not rounded to tf32 (N1)."""
+    return "ieee" if problem.dtype.itemsize == 4 else "tf32"
+
+
+def block_d(problem: AttentionProblem) -> int:
+    """Width of a tile: the power of two that holds D, 16 at least for the matrix units."""
+    return max(16, triton.next_power_of_2(problem.head_dim))

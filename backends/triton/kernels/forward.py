@@ -1,0 +1,158 @@
+"""Forward: o and lse of O1 and O2, one query tile of one head per program.
+
+The online softmax is that of FlashAttention-2 (Dao 2023, arXiv 2307.08691, algorithm 1) in base 2.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flash_sparse_attn.problem import AttentionProblem
+from flash_sparse_attn.tensors import AttentionTensors
+
+from . import arguments, preparation, tuning
+from .arguments import Bounds
+from .primitives import LN2, load_tile, scores, store_tile, visible
+from .tiles import key_tile_span
+
+
+@triton.jit(do_not_specialize=[*Bounds._fields, "heads_q", "group"])
+def forward_kernel(
+    q,
+    k,
+    v,
+    o,
+    lse,
+    seqlen_q,
+    seqlen_k,
+    left,
+    right,
+    left_sinks,
+    right_sinks,
+    score,
+    bias,
+    mask,
+    intervals,
+    lists,
+    heads_q,
+    group,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid query tiles * batch * heads: heads fastest, so that a group shares its keys in cache.
+
+    Last tiles first, as they are the longest under V1.
+    """
+    bounds = Bounds(seqlen_q, seqlen_k, left, right, left_sinks, right_sinks)
+    tiles_q = tl.cdiv(bounds.seqlen_q, BLOCK_M)
+    tiles_k = tl.cdiv(bounds.seqlen_k, BLOCK_N)
+    h = tl.program_id(0) % heads_q
+    tile_q = tiles_q - 1 - tl.program_id(0) // heads_q % tiles_q
+    b = tl.program_id(0) // (heads_q * tiles_q)
+    start_q = tile_q * BLOCK_M
+    i = start_q + tl.arange(0, BLOCK_M)
+    # An untouched maximum may be taken of raw products only if s2 is a rising multiple of them.
+    RAW: tl.constexpr = score.inner is None and bias is None and score.positive
+
+    if lists is None:
+        sinks, low, full_low, full_high, high = key_tile_span(bounds, start_q, BLOCK_M, BLOCK_N)
+        n_full = full_high - full_low
+        n_partial = sinks + (full_low - low) + (high - full_high)
+    else:
+        listed = (
+            tl.cast(b, tl.int64) * lists.batch
+            + tl.cast(h // lists.heads_per_head, tl.int64) * lists.head
+            + tile_q
+        )
+        index = lists.index + listed * tiles_k
+        n_full = tl.load(lists.counts + listed * 2)
+        n_partial = tl.load(lists.counts + listed * 2 + 1)
+
+    q_tile = load_tile(q, b, h, start_q, bounds.seqlen_q, BLOCK_M, D, BLOCK_D, True)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    for PARTIAL in tl.static_range(2):
+        for t in range(n_partial if PARTIAL else n_full):
+            if lists is not None:
+                tile_k = tl.load(index + (tiles_k - 1 - t if PARTIAL else t))
+            elif PARTIAL:
+                tile_k = tl.where(t < sinks, t, low + t - sinks)
+                tile_k = tl.where(tile_k < full_low, tile_k, tile_k + (full_high - full_low))
+            else:
+                tile_k = full_low + t
+            start_k = tile_k * BLOCK_N
+            j = start_k + tl.arange(0, BLOCK_N)
+            k_tile = load_tile(
+                k, b, h // group, start_k, bounds.seqlen_k, BLOCK_N, D, BLOCK_D, PARTIAL
+            )
+            if PARTIAL:
+                keep = visible(
+                    b, h, start_q, start_k, bounds, mask, intervals, BLOCK_M, BLOCK_N, False
+                )
+            x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+            if not RAW:
+                x, _ = scores(x, b, h, i[:, None], j[None, :], score, bias, bounds, PARTIAL)
+            if PARTIAL:
+                x = tl.where(keep, x, float("-inf"))  # N2
+            if RAW:
+                new_peak = tl.maximum(peak, tl.max(x, 1) * score.outer)
+            else:
+                new_peak = tl.maximum(peak, tl.max(x, 1))
+            # A row that has seen nothing yet has no finite maximum to subtract.
+            shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+            p = tl.exp2(x * score.outer - shift[:, None]) if RAW else tl.exp2(x - shift[:, None])
+            decay = tl.exp2(peak - shift)
+            total = total * decay + tl.sum(p, 1)
+            acc = acc * decay[:, None]
+            v_tile = load_tile(
+                v, b, h // group, start_k, bounds.seqlen_k, BLOCK_N, D, BLOCK_D, PARTIAL
+            )
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+            peak = new_peak
+
+    empty = total == 0.0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    store_tile(o, b, h, start_q, bounds.seqlen_q, acc, BLOCK_M, D, BLOCK_D)
+    row = (tl.cast(b, tl.int64) * heads_q + h) * bounds.seqlen_q + i
+    tl.store(
+        lse + row,
+        tl.where(empty, float("-inf"), (peak + tl.log2(total)) * LN2),
+        mask=i < bounds.seqlen_q,
+    )
+
+
+def forward(problem: AttentionProblem, tensors: AttentionTensors) -> tuple[Tensor, Tensor]:
+    """O1 and O2: o `[B, Sq, Hq, D]` in the dtype of q and lse float32 `[B, Hq, Sq]`, both
+    contiguous.
+    """
+    q = tensors.q
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((problem.batch, problem.heads_q, problem.seqlen_q), dtype=torch.float32)
+    tile = tuning.tile("forward", problem)
+    width = arguments.block_d(problem)
+    visibility = preparation.prepare(problem, tensors, tuning.mask_block(problem))
+    lists = preparation.list_tiles(problem, visibility, tile)
+    grid = (triton.cdiv(problem.seqlen_q, tile.block_m) * problem.batch * problem.heads_q,)
+    forward_kernel[grid](
+        arguments.source(q, tile.block_m, width, tile.tma),
+        arguments.source(tensors.k, tile.block_n, width, tile.tma),
+        arguments.source(tensors.v, tile.block_n, width, tile.tma),
+        arguments.operand(o),
+        lse,
+        *arguments.terms(problem, tensors, visibility),
+        lists,
+        problem.heads_q,
+        problem.group,
+        D=problem.head_dim,
+        BLOCK_D=width,
+        PRECISION=arguments.precision(problem),
+        **tile.options(),
+    )
+    return o, lse

@@ -1,0 +1,74 @@
+"""Tile sizes, looked up in `tuning.toml`.
+
+There is no autotuning: the first call of a problem compiles one variant of each kernel that it
+needs.
+"""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flash_sparse_attn.problem import AttentionProblem
+
+TABLE = tomllib.loads(Path(__file__).with_name("tuning.toml").read_text(encoding="utf-8"))
+
+MASK_BLOCK = 64
+"""Rows and keys of a block of the mask's classes (V3) and keys of the intervals' summaries (V4)."""
+INTERPRETED_MASK_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One kernel's launch parameters.
+
+    Attributes:
+        block_m: query rows of a tile.
+        block_n: keys of a tile.
+        warps: warps of a program.
+        stages: depth of the software pipeline.
+        tma: whether tiles are loaded by the copy engine where their layout allows it.
+    """
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    tma: bool
+
+    def options(self) -> dict[str, Any]:
+        """Keywords of a kernel launch."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+def tile(kernel: str, problem: AttentionProblem) -> Tile:
+    """The tile of a kernel for a problem."""
+    return _lookup(kernel, problem.arch or 0, problem.dtype.itemsize, problem.head_dim)
+
+
+def mask_block(problem: AttentionProblem) -> int:
+    """Block size of the mask's classes.
+
+    Smaller in the interpreter, so that small cases have several.
+    """
+    return INTERPRETED_MASK_BLOCK if problem.arch is None else MASK_BLOCK
+
+
+@functools.cache
+def _lookup(kernel: str, arch: int, itemsize: int, head_dim: int) -> Tile:
+    rows = TABLE[kernel]
+    family = max(number for row in rows for number in row["arch"] if number <= arch)
+    row = next(
+        row
+        for row in rows
+        if family in row["arch"] and row["bytes"] == itemsize and head_dim <= row["dim"]
+    )
+    return Tile(row["m"], row["n"], row["warps"], row["stages"], row["tma"])
