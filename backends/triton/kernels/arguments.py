@@ -23,6 +23,8 @@ from .tuning import Tile
 LOG2E = math.log2(math.e)
 LARGEST_TILE = 256
 """No tile has more rows or columns."""
+RECORD_BLOCK = 128
+"""Records of rows or keys are padded to a multiple of this, which every tile divides."""
 
 
 class Operand(NamedTuple):
@@ -51,18 +53,20 @@ class Bounds(NamedTuple):
 
 
 class Score(NamedTuple):
-    """S1 and S2 in base 2, for a raw product x: s2 = outer * x, or outer * tanh(x * inner / (2 log2
-    e)) with softcap.
+    """S1 and S2 for a raw product x: s = outer * x, or outer * tanh(x * inner / (2 log2 e)) with
+    softcap.
     """
 
     outer: float
     inner: float | None
     positive: Any
-    """Whether s2 rises with x, so that a maximum may be taken before scaling."""
+    """Whether s rises with x, so that a maximum may be taken before scaling."""
 
 
 class Bias(NamedTuple):
-    """S4: data, strides (0 where broadcast) and query heads per bias head."""
+    """S4. A bias of one dim is a float32 record, padded and contiguous; one of both is the user's
+    tensor. Strides are 0 where broadcast; `heads_per_head` counts query heads a bias head.
+    """
 
     pointer: Tensor
     batch: int
@@ -72,12 +76,13 @@ class Bias(NamedTuple):
     heads_per_head: int
     has_rows: Any
     has_keys: Any
+    even: Any
+    """Whether no tile reaches past the tensor, so that loads need no test and are wide."""
 
 
 class PackedMask(NamedTuple):
-    """V3 as bits, int32 words of 32 keys, and as one class byte per block.
-
-    Strides are 0 where broadcast.
+    """V3 where it depends on the row: bits, int32 words of 32 keys, padded with 0 to whole tiles,
+    and one class byte per block. Strides are 0 where broadcast.
     """
 
     words: Tensor
@@ -86,7 +91,6 @@ class PackedMask(NamedTuple):
     row: int
     word: int
     heads_per_head: int
-    has_rows: Any
     classes: Tensor
     class_batch: int
     class_head: int
@@ -94,18 +98,23 @@ class PackedMask(NamedTuple):
     class_column: int
 
 
-class IntervalRanges(NamedTuple):
-    """V4: start and end, and their extrema per block of keys, int32 `[.., blocks, 4]`."""
+class Ranges(NamedTuple):
+    """The run of rows, first to last, that sees each key under every rule but a packed mask.
 
-    start: Tensor
-    end: Tensor
+    int32 `[{B,1}, {Hq,Hkv,1}, padded Sk]`, keys that do not exist hidden, and the extrema of both
+    per block of keys, `[.., blocks, 4]`. Strides are 0 where broadcast.
+    """
+
+    first: Tensor
+    last: Tensor
     batch: int
     head: int
-    key: int
     heads_per_head: int
-    summary: Tensor
-    summary_batch: int
-    summary_head: int
+    extrema: Tensor
+    extrema_batch: int
+    extrema_head: int
+    binding: Any
+    """Whether they hide anything that a packed mask does not."""
 
 
 class TileLists(NamedTuple):
@@ -131,14 +140,26 @@ class RowTerms(NamedTuple):
     padded: int
 
 
-class Visibility(NamedTuple):
-    """Everything that decides which pairs are visible."""
+class Terms(NamedTuple):
+    """Everything a call consists of but its operands."""
 
     bounds: Bounds
+    score: Score
+    bias: Bias | None
     mask: PackedMask | None
-    intervals: IntervalRanges | None
+    ranges: Ranges | None
+    """None where bounds alone decide."""
     block: int
-    """Rows and keys of one block of the mask's classes and of the intervals' summary."""
+    """Rows and keys of one block of the mask's classes and of the ranges' extrema."""
+
+    def flat(self) -> tuple:
+        """`*bounds, score, bias, mask, ranges`, as every attention kernel takes them."""
+        return (*self.bounds, self.score, self.bias, self.mask, self.ranges)
+
+
+def padded(length: int) -> int:
+    """Length of a record that every tile of rows or keys divides."""
+    return triton.cdiv(length, RECORD_BLOCK) * RECORD_BLOCK
 
 
 def operand(tensor: Tensor) -> Operand:
@@ -211,8 +232,8 @@ def score(problem: AttentionProblem) -> Score:
     """S1 and S2 of the problem."""
     if problem.softcap > 0:
         inner = problem.softmax_scale / problem.softcap * 2 * LOG2E
-        return Score(problem.softcap * LOG2E, inner, tl.constexpr(True))
-    return Score(problem.softmax_scale * LOG2E, None, tl.constexpr(problem.softmax_scale > 0))
+        return Score(problem.softcap, inner, tl.constexpr(True))
+    return Score(problem.softmax_scale, None, tl.constexpr(problem.softmax_scale > 0))
 
 
 def broadcast_strides(tensor: Tensor) -> list[int]:
@@ -221,32 +242,6 @@ def broadcast_strides(tensor: Tensor) -> list[int]:
         0 if size == 1 else stride
         for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     ]
-
-
-def bias(problem: AttentionProblem, tensors: AttentionTensors) -> Bias | None:
-    """S4 of the call."""
-    if tensors.bias is None:
-        return None
-    _, heads, rows, keys = tensors.bias.shape
-    has_keys = keys > 1 or rows == 1
-    return Bias(
-        tensors.bias,
-        *broadcast_strides(tensors.bias),
-        problem.heads_q // heads,
-        tl.constexpr(rows > 1),
-        tl.constexpr(has_keys),
-    )
-
-
-def terms(problem: AttentionProblem, tensors: AttentionTensors, visibility: Visibility) -> tuple:
-    """`*bounds, score, bias, mask, intervals`, as every attention kernel takes them."""
-    return (
-        *visibility.bounds,
-        score(problem),
-        bias(problem, tensors),
-        visibility.mask,
-        visibility.intervals,
-    )
 
 
 def precision(problem: AttentionProblem) -> str:

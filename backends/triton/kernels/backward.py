@@ -19,12 +19,9 @@ from flash_sparse_attn.problem import AttentionProblem
 from flash_sparse_attn.tensors import AttentionTensors
 
 from . import arguments, bias_gradient, preparation, tuning
-from .arguments import Bounds, RowTerms, Visibility
+from .arguments import Bounds, RowTerms, Terms
 from .primitives import LOG2E, load_tile, scores, store_tile, visible
 from .tiles import key_tile_span, query_tile_span
-
-ROW_BLOCK = 128
-"""Row terms are padded to a multiple of this, which every tile's rows divide."""
 
 
 @triton.jit(do_not_specialize=["seqlen_q", "padded", "heads_q"])
@@ -67,7 +64,13 @@ def row_terms_kernel(
     tl.store(delta + target, tl.where(empty, 0.0, row_delta))
 
 
-@triton.jit(do_not_specialize=[*Bounds._fields, "heads_kv", "group"])
+@triton.jit
+def row_of_record(head, rows):
+    """Where a head's row terms start; the hint lets a tile of them be copied in wide pieces."""
+    return tl.multiple_of(head * rows.padded, 16)
+
+
+@triton.jit(do_not_specialize=[*Bounds._fields, "heads_kv"])
 def key_gradients_kernel(
     q,
     k,
@@ -86,16 +89,16 @@ def key_gradients_kernel(
     score,
     bias,
     mask,
-    intervals,
+    ranges,
     lists,
     scale,
     heads_kv,
-    group,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """dk, dv and the column sums of ds, [B, Hq, Sk], each None if not wanted; grid key tiles *
     batch * kv heads, heads fastest.
@@ -112,6 +115,7 @@ def key_gradients_kernel(
     start_k = tile_k * BLOCK_N
     j = start_k + tl.arange(0, BLOCK_N)
     RAW: tl.constexpr = score.inner is None and bias is None
+    unit = score.outer * LOG2E if RAW else LOG2E
 
     k_tile = load_tile(k, b, n, start_k, bounds.seqlen_k, BLOCK_N, D, BLOCK_D, True)
     v_tile = load_tile(v, b, n, start_k, bounds.seqlen_k, BLOCK_N, D, BLOCK_D, True)
@@ -124,9 +128,9 @@ def key_gradients_kernel(
         n_full = full_high - full_low
         n_partial = (full_low - low) + (high - full_high)
 
-    for g in range(group):
-        h = n * group + g
-        row_base = (tl.cast(b, tl.int64) * heads_kv * group + h) * rows.padded
+    for g in range(GROUP):
+        h = n * GROUP + g
+        row_base = row_of_record(tl.cast(b, tl.int64) * heads_kv * GROUP + h, rows)
         if dbias is not None:
             dbias_acc = tl.zeros([BLOCK_N], tl.float32)
         if lists is not None:
@@ -152,14 +156,14 @@ def key_gradients_kernel(
                 lse2 = tl.load(rows.lse2 + row_base + i)
                 if PARTIAL:
                     keep = visible(
-                        b, h, start_q, start_k, bounds, mask, intervals, BLOCK_M, BLOCK_N, True
+                        b, h, start_q, start_k, bounds, mask, ranges, BLOCK_M, BLOCK_N, True
                     )
                 x = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
                 if RAW:
-                    p = tl.exp2(x * score.outer - lse2[None, :])
+                    p = tl.exp2(x * unit - lse2[None, :])
                 else:
-                    s2, slope = scores(x, b, h, i[None, :], j[:, None], score, bias, bounds, True)
-                    p = tl.exp2(s2 - lse2[None, :])
+                    s, slope = scores(x, b, h, i[None, :], j[:, None], score, bias, bounds)
+                    p = tl.exp2(s * unit - lse2[None, :])
                 if PARTIAL:
                     p = tl.where(keep, p, 0.0)  # N2
                 do_tile = load_tile(
@@ -180,7 +184,7 @@ def key_gradients_kernel(
                             ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=PRECISION
                         )
         if dbias is not None:
-            column = (tl.cast(b, tl.int64) * heads_kv * group + h) * bounds.seqlen_k + j
+            column = (tl.cast(b, tl.int64) * heads_kv * GROUP + h) * bounds.seqlen_k + j
             tl.store(dbias + column, dbias_acc, mask=j < bounds.seqlen_k)
 
     if dk is not None:
@@ -206,7 +210,7 @@ def query_gradient_kernel(
     score,
     bias,
     mask,
-    intervals,
+    ranges,
     lists,
     scale,
     heads_q,
@@ -227,6 +231,7 @@ def query_gradient_kernel(
     start_q = tile_q * BLOCK_M
     i = start_q + tl.arange(0, BLOCK_M)
     RAW: tl.constexpr = score.inner is None and bias is None
+    unit = score.outer * LOG2E if RAW else LOG2E
 
     if lists is None:
         sinks, low, full_low, full_high, high = key_tile_span(bounds, start_q, BLOCK_M, BLOCK_N)
@@ -244,7 +249,7 @@ def query_gradient_kernel(
 
     q_tile = load_tile(q, b, h, start_q, bounds.seqlen_q, BLOCK_M, D, BLOCK_D, True)
     do_tile = load_tile(do, b, h, start_q, bounds.seqlen_q, BLOCK_M, D, BLOCK_D, True)
-    row_base = (tl.cast(b, tl.int64) * heads_q + h) * rows.padded
+    row_base = row_of_record(tl.cast(b, tl.int64) * heads_q + h, rows)
     lse2 = tl.load(rows.lse2 + row_base + i)
     delta = tl.load(rows.delta + row_base + i)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -267,17 +272,18 @@ def query_gradient_kernel(
             )
             if PARTIAL:
                 keep = visible(
-                    b, h, start_q, start_k, bounds, mask, intervals, BLOCK_M, BLOCK_N, False
+                    b, h, start_q, start_k, bounds, mask, ranges, BLOCK_M, BLOCK_N, False
                 )
             x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-            dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
             if RAW:
-                p = tl.exp2(x * score.outer - lse2[:, None])
+                p = tl.exp2(x * unit - lse2[:, None])
             else:
-                s2, slope = scores(x, b, h, i[:, None], j[None, :], score, bias, bounds, PARTIAL)
-                p = tl.exp2(s2 - lse2[:, None])
+                s, slope = scores(x, b, h, i[:, None], j[None, :], score, bias, bounds)
+                p = tl.exp2(s * unit - lse2[:, None])
             if PARTIAL:
                 p = tl.where(keep, p, 0.0)  # N2
+            # Here, so that one warp group takes exponentials while another multiplies.
+            dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
             ds = p * (dp - delta[:, None])
             if score.inner is not None:
                 ds = ds * slope
@@ -297,16 +303,16 @@ def backward(
     bias in float32 and its own shape.
     """
     rows = row_terms(problem, o, lse, do, dlse)
-    visibility = preparation.prepare(problem, tensors, tuning.mask_block(problem))
+    terms = preparation.prepare(problem, tensors, tuning.mask_block(problem))
     gradients = {}
     sums = bias_gradient.kind(problem) == bias_gradient.Kind.KEYS
     if problem.needs("k", "v") or sums:
-        gradients |= key_gradients(problem, tensors, visibility, rows, do)
+        gradients |= key_gradients(problem, tensors, terms, rows, do)
     if problem.needs("q"):
-        gradients["q"] = query_gradient(problem, tensors, visibility, rows, do)
+        gradients["q"] = query_gradient(problem, tensors, terms, rows, do)
     if problem.needs("bias") and not sums:
         gradients["bias"] = bias_gradient.bias_gradient(
-            problem, tensors, visibility, rows, lse, do, dlse
+            problem, tensors, terms, rows, lse, do, dlse
         )
     return {name: gradients[name] for name in problem.grads}
 
@@ -315,9 +321,9 @@ def row_terms(
     problem: AttentionProblem, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None
 ) -> RowTerms:
     """lse2 and delta, float32 `[B, Hq, padded]`."""
-    padded = triton.cdiv(problem.seqlen_q, ROW_BLOCK) * ROW_BLOCK
+    padded = arguments.padded(problem.seqlen_q)
     lse2, delta = (lse.new_empty((problem.batch, problem.heads_q, padded)) for _ in range(2))
-    row_terms_kernel[(padded // ROW_BLOCK * problem.batch * problem.heads_q,)](
+    row_terms_kernel[(padded // arguments.RECORD_BLOCK * problem.batch * problem.heads_q,)](
         arguments.operand(o),
         arguments.operand(do),
         lse.contiguous(),
@@ -329,7 +335,7 @@ def row_terms(
         problem.heads_q,
         D=problem.head_dim,
         BLOCK_D=arguments.block_d(problem),
-        BLOCK_M=ROW_BLOCK,
+        BLOCK_M=arguments.RECORD_BLOCK,
     )
     return RowTerms(lse2, delta, padded)
 
@@ -337,7 +343,7 @@ def row_terms(
 def key_gradients(
     problem: AttentionProblem,
     tensors: AttentionTensors,
-    visibility: Visibility,
+    terms: Terms,
     rows: RowTerms,
     do: Tensor,
 ) -> dict[str, Tensor]:
@@ -363,14 +369,14 @@ def key_gradients(
         None if dv is None else arguments.operand(dv),
         sums,
         rows,
-        *arguments.terms(problem, tensors, visibility),
-        preparation.list_tiles(problem, visibility, tile, transposed=True),
+        *terms.flat(),
+        preparation.list_tiles(problem, terms, tile, transposed=True),
         problem.softmax_scale,
         problem.heads_kv,
-        problem.group,
         D=problem.head_dim,
         BLOCK_D=arguments.block_d(problem),
         PRECISION=arguments.precision(problem),
+        GROUP=problem.group,
         **tile.options(),
     )
     gradients = {
@@ -384,7 +390,7 @@ def key_gradients(
 def query_gradient(
     problem: AttentionProblem,
     tensors: AttentionTensors,
-    visibility: Visibility,
+    terms: Terms,
     rows: RowTerms,
     do: Tensor,
 ) -> Tensor:
@@ -396,8 +402,8 @@ def query_gradient(
         *arguments.sources(problem, tensors, do, tile),
         arguments.operand(dq),
         rows,
-        *arguments.terms(problem, tensors, visibility),
-        preparation.list_tiles(problem, visibility, tile),
+        *terms.flat(),
+        preparation.list_tiles(problem, terms, tile),
         problem.softmax_scale,
         problem.heads_q,
         problem.group,

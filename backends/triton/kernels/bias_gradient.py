@@ -18,9 +18,9 @@ from torch import Tensor
 from flash_sparse_attn.problem import AttentionProblem
 from flash_sparse_attn.tensors import AttentionTensors
 
-from . import arguments, tuning
-from .arguments import Bounds, RowTerms, Visibility
-from .primitives import load_tile, scores, visible
+from . import arguments, preparation, tuning
+from .arguments import Bounds, RowTerms, Terms
+from .primitives import LOG2E, load_tile, scores, visible
 from .tiles import classify
 
 
@@ -71,7 +71,7 @@ def bias_gradient_kernel(
     score,
     bias,
     mask,
-    intervals,
+    ranges,
     heads_q,
     group,
     bias_heads,
@@ -103,9 +103,7 @@ def bias_gradient_kernel(
     for shared in range(shared_batches * bias.heads_per_head):
         b = bias_b + shared // bias.heads_per_head
         h = bias_h * bias.heads_per_head + shared % bias.heads_per_head
-        some, _whole = classify(
-            tile_q, tile_k, b, h, bounds, mask, intervals, BLOCK_M, BLOCK_N, SUB
-        )
+        some, _whole = classify(tile_q, tile_k, b, h, bounds, mask, ranges, BLOCK_M, BLOCK_N, SUB)
         if some:
             q_tile = load_tile(q, b, h, start_q, bounds.seqlen_q, BLOCK_M, D, BLOCK_D, True)
             do_tile = load_tile(do, b, h, start_q, bounds.seqlen_q, BLOCK_M, D, BLOCK_D, True)
@@ -117,9 +115,9 @@ def bias_gradient_kernel(
             )
             row = (tl.cast(b, tl.int64) * heads_q + h) * rows.padded + i
             x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-            s2, _slope = scores(x, b, h, i[:, None], j[None, :], score, bias, bounds, True)
-            p = tl.exp2(s2 - tl.load(rows.lse2 + row)[:, None])
-            keep = visible(b, h, start_q, start_k, bounds, mask, intervals, BLOCK_M, BLOCK_N, False)
+            s, _slope = scores(x, b, h, i[:, None], j[None, :], score, bias, bounds)
+            p = tl.exp2(s * LOG2E - tl.load(rows.lse2 + row)[:, None])
+            keep = visible(b, h, start_q, start_k, bounds, mask, ranges, BLOCK_M, BLOCK_N, False)
             p = tl.where(keep, p, 0.0)  # N2
             dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
             acc += p * (dp - tl.load(rows.delta + row)[:, None])
@@ -132,7 +130,7 @@ def bias_gradient_kernel(
 def bias_gradient(
     problem: AttentionProblem,
     tensors: AttentionTensors,
-    visibility: Visibility,
+    terms: Terms,
     rows: RowTerms,
     lse: Tensor,
     do: Tensor,
@@ -141,6 +139,8 @@ def bias_gradient(
     """The gradient of a bias that is not of one key each, float32 in the bias's own shape."""
     if kind(problem) == Kind.ROWS:
         return _row_sums(problem, rows, lse, dlse)
+    if terms.ranges is None:  # the kernel looks up which tiles are empty
+        terms = terms._replace(ranges=preparation.key_ranges(problem, tensors, terms.block))
     batch, heads, _, _ = problem.bias
     dbias = rows.delta.new_empty(problem.bias)
     tile = tuning.tile("bias_gradient", problem)
@@ -151,14 +151,14 @@ def bias_gradient(
         *arguments.sources(problem, tensors, do, tile),
         dbias,
         rows,
-        *arguments.terms(problem, tensors, visibility),
+        *terms.flat(),
         problem.heads_q,
         problem.group,
         heads,
         problem.batch // batch,
         D=problem.head_dim,
         BLOCK_D=arguments.block_d(problem),
-        SUB=visibility.block,
+        SUB=terms.block,
         PRECISION=arguments.precision(problem),
         **tile.options(),
     )

@@ -15,7 +15,7 @@ from flash_sparse_attn.tensors import AttentionTensors
 
 from . import arguments, preparation, tuning
 from .arguments import Bounds
-from .primitives import LN2, load_tile, scores, store_tile, visible
+from .primitives import LN2, LOG2E, load_tile, scores, store_tile, visible
 from .tiles import key_tile_span
 
 
@@ -35,7 +35,7 @@ def forward_kernel(
     score,
     bias,
     mask,
-    intervals,
+    ranges,
     lists,
     heads_q,
     group,
@@ -57,8 +57,9 @@ def forward_kernel(
     b = tl.program_id(0) // (heads_q * tiles_q)
     start_q = tile_q * BLOCK_M
     i = start_q + tl.arange(0, BLOCK_M)
-    # An untouched maximum may be taken of raw products only if s2 is a rising multiple of them.
+    # Scores that are a rising multiple of the raw products are never formed: exp2 scales them.
     RAW: tl.constexpr = score.inner is None and bias is None and score.positive
+    unit = score.outer * LOG2E if RAW else LOG2E
 
     if lists is None:
         sinks, low, full_low, full_high, high = key_tile_span(bounds, start_q, BLOCK_M, BLOCK_N)
@@ -94,20 +95,18 @@ def forward_kernel(
             )
             if PARTIAL:
                 keep = visible(
-                    b, h, start_q, start_k, bounds, mask, intervals, BLOCK_M, BLOCK_N, False
+                    b, h, start_q, start_k, bounds, mask, ranges, BLOCK_M, BLOCK_N, False
                 )
             x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
             if not RAW:
-                x, _ = scores(x, b, h, i[:, None], j[None, :], score, bias, bounds, PARTIAL)
+                x, _ = scores(x, b, h, i[:, None], j[None, :], score, bias, bounds)
             if PARTIAL:
                 x = tl.where(keep, x, float("-inf"))  # N2
-            if RAW:
-                new_peak = tl.maximum(peak, tl.max(x, 1) * score.outer)
-            else:
-                new_peak = tl.maximum(peak, tl.max(x, 1))
-            # A row that has seen nothing yet has no finite maximum to subtract.
-            shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-            p = tl.exp2(x * score.outer - shift[:, None]) if RAW else tl.exp2(x - shift[:, None])
+            new_peak = tl.maximum(peak, tl.max(x, 1) * unit)
+            shift = new_peak
+            if PARTIAL or not RAW:  # a row that has seen nothing yet has no finite maximum
+                shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+            p = tl.exp2(x * unit - shift[:, None])
             decay = tl.exp2(peak - shift)
             total = total * decay + tl.sum(p, 1)
             acc = acc * decay[:, None]
@@ -137,8 +136,7 @@ def forward(problem: AttentionProblem, tensors: AttentionTensors) -> tuple[Tenso
     lse = q.new_empty((problem.batch, problem.heads_q, problem.seqlen_q), dtype=torch.float32)
     tile = tuning.tile("forward", problem)
     width = arguments.block_d(problem)
-    visibility = preparation.prepare(problem, tensors, tuning.mask_block(problem))
-    lists = preparation.list_tiles(problem, visibility, tile)
+    terms = preparation.prepare(problem, tensors, tuning.mask_block(problem))
     grid = (triton.cdiv(problem.seqlen_q, tile.block_m) * problem.batch * problem.heads_q,)
     forward_kernel[grid](
         arguments.source(q, tile.block_m, width, tile.tma),
@@ -146,8 +144,8 @@ def forward(problem: AttentionProblem, tensors: AttentionTensors) -> tuple[Tenso
         arguments.source(tensors.v, tile.block_n, width, tile.tma),
         arguments.operand(o),
         lse,
-        *arguments.terms(problem, tensors, visibility),
-        lists,
+        *terms.flat(),
+        preparation.list_tiles(problem, terms, tile),
         problem.heads_q,
         problem.group,
         D=problem.head_dim,

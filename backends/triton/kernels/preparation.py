@@ -1,9 +1,11 @@
-"""Host side of the preparation: packs the mask, summarises the intervals, lists the tiles.
+"""Host side of the preparation: everything about a call but its operands, read once.
 
 Nothing here reads device data.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,7 +16,7 @@ from flash_sparse_attn.problem import AttentionProblem
 from flash_sparse_attn.tensors import AttentionTensors
 
 from . import arguments, tiles
-from .arguments import IntervalRanges, PackedMask, TileLists, Visibility
+from .arguments import Bias, PackedMask, Ranges, Terms, TileLists
 from .tuning import Tile
 
 PACK_CHUNK = 256
@@ -23,28 +25,71 @@ LIST_CHUNK = 128
 """Tiles that one program classifies at a time."""
 
 
-def prepare(problem: AttentionProblem, tensors: AttentionTensors, block: int) -> Visibility:
-    """Read each mask once (V3, V4)."""
-    mask = None if tensors.mask is None else pack_mask(problem, tensors.mask, block)
-    intervals = None
-    if tensors.interval_start is not None:
-        intervals = summarise_intervals(
-            problem, tensors.interval_start, tensors.interval_end, block
-        )
-    return Visibility(arguments.bounds(problem), mask, intervals, block)
+class _Intervals(NamedTuple):
+    """V4 as given: start and end of one set of strides."""
+
+    start: Tensor
+    end: Tensor
+    batch: int
+    head: int
+    key: int
+    heads_per_head: int
 
 
-def pack_mask(problem: AttentionProblem, mask: Tensor, block: int) -> PackedMask:
-    """Bits and block classes of a boolean `[{B,1}, {Hq,Hkv,1}, {Sq,1}, {Sk,1}]` mask.
+class _KeyMask(NamedTuple):
+    """V3 where it is the same for all rows, as given, one byte a key."""
 
-    Dims of size 1 stay so.
+    pointer: Tensor
+    batch: int
+    head: int
+    key: int
+    heads_per_head: int
+
+
+def prepare(problem: AttentionProblem, tensors: AttentionTensors, block: int) -> Terms:
+    """Read bias, mask and intervals once (S4, V3, V4)."""
+    packed = problem.mask is not None and problem.mask[2] > 1
+    listed = problem.mask is not None or problem.intervals is not None
+    return Terms(
+        arguments.bounds(problem),
+        arguments.score(problem),
+        None if tensors.bias is None else _bias(problem, tensors.bias),
+        _pack_mask(problem, tensors.mask, block) if packed else None,
+        key_ranges(problem, tensors, block) if listed else None,
+        block,
+    )
+
+
+def _bias(problem: AttentionProblem, bias: Tensor) -> Bias:
+    """S4: a bias of one dim becomes a padded float32 record, which tiles read without tests."""
+    batch, heads, rows, keys = bias.shape
+    heads_per_head = problem.heads_q // heads
+    if rows > 1 and keys > 1:
+        block = arguments.RECORD_BLOCK
+        even = rows % block == 0 and keys % block == 0
+        kind = (tl.constexpr(True), tl.constexpr(True), tl.constexpr(even))
+        return Bias(bias, *_broadcast_strides(bias)[:2], *bias.stride()[2:], heads_per_head, *kind)
+    on_rows = rows > 1
+    length = problem.seqlen_q if on_rows else problem.seqlen_k
+    record = bias.new_zeros((batch, heads, arguments.padded(length)), dtype=torch.float32)
+    record[..., :length].copy_(bias[..., 0] if on_rows else bias[:, :, 0])
+    strides = (*_broadcast_strides(record)[:2], int(on_rows), int(not on_rows))
+    kind = (tl.constexpr(on_rows), tl.constexpr(not on_rows), tl.constexpr(True))
+    return Bias(record, *strides, heads_per_head, *kind)
+
+
+def _pack_mask(problem: AttentionProblem, mask: Tensor, block: int) -> PackedMask:
+    """Bits and block classes of a boolean `[{B,1}, {Hq,Hkv,1}, Sq, {Sk,1}]` mask.
+
+    A key dim of size 1 becomes one word, which every key reads.
     """
     batch, heads, rows, keys = mask.shape
-    words = mask.new_empty((batch, heads, rows, triton.cdiv(keys, 32)), dtype=torch.int32)
-    classes = mask.new_empty(
-        (batch, heads, triton.cdiv(rows, block), triton.cdiv(keys, block)), dtype=torch.int8
-    )
-    grid = (batch * heads * triton.cdiv(rows, block) * triton.cdiv(keys, PACK_CHUNK),)
+    n_rows = arguments.padded(rows)
+    n_words = 1 if keys == 1 else arguments.padded(keys) // 32
+    words = mask.new_empty((batch, heads, n_rows, n_words), dtype=torch.int32)
+    n_columns = triton.cdiv(n_words * 32, block)
+    classes = mask.new_empty((batch, heads, n_rows // block, n_columns), dtype=torch.int8)
+    grid = (batch * heads * (n_rows // block) * triton.cdiv(n_words * 32, PACK_CHUNK),)
     tiles.pack_mask_kernel[grid](
         mask.view(torch.int8),
         *mask.stride(),
@@ -52,57 +97,75 @@ def pack_mask(problem: AttentionProblem, mask: Tensor, block: int) -> PackedMask
         classes,
         rows,
         keys,
+        n_rows,
+        n_words,
         heads,
         SUB=block,
         CHUNK=PACK_CHUNK,
         ONE_KEY=keys == 1,
     )
-    strides, class_strides = (
-        [
-            0 if size == 1 else stride
-            for size, stride in zip(mask.shape, tensor.stride(), strict=True)
-        ]
-        for tensor in (words, classes)
-    )
-    return PackedMask(
-        words, *strides, problem.heads_q // heads, tl.constexpr(rows > 1), classes, *class_strides
-    )
+    strides = [*_broadcast_strides(words)[:2], n_words, int(keys > 1)]
+    class_strides = [*_broadcast_strides(classes)[:2], n_columns, int(keys > 1)]
+    return PackedMask(words, *strides, problem.heads_q // heads, classes, *class_strides)
 
 
-def summarise_intervals(
-    problem: AttentionProblem, start: Tensor, end: Tensor, block: int
-) -> IntervalRanges:
-    """Extrema of start and end per block of keys; both are `[{B,1}, {Hkv,1}, Sk]`."""
-    if start.stride() != end.stride():
-        start, end = start.contiguous(), end.contiguous()
-    batch, heads, keys = start.shape
-    blocks = triton.cdiv(keys, block)
-    summary = start.new_empty((batch, heads, blocks, 4))
-    strides = arguments.broadcast_strides(start)[:2]
-    tiles.summarise_intervals_kernel[(batch * heads * blocks,)](
-        start, end, *start.stride(), summary, keys, heads, SUB=block
+def key_ranges(problem: AttentionProblem, tensors: AttentionTensors, block: int) -> Ranges:
+    """V1, V2, V4, V6 and a key mask as one run of rows per key."""
+    sizes = [(1, 1)]
+    intervals: _Intervals | None = None
+    keys: _KeyMask | None = None
+    if problem.intervals is not None:
+        start, end = tensors.interval_start, tensors.interval_end
+        if start.stride() != end.stride():
+            start, end = start.contiguous(), end.contiguous()
+        sizes.append(problem.intervals)
+        strides = (*_broadcast_strides(start)[:2], start.stride(2))
+        intervals = _Intervals(start, end, *strides, problem.heads_q // start.shape[1])
+    if problem.mask is not None and problem.mask[2] == 1:
+        mask = tensors.mask.view(torch.int8)
+        sizes.append(problem.mask[:2])
+        batch, head, _, key = _broadcast_strides(mask)
+        keys = _KeyMask(mask, batch, head, key, problem.heads_q // mask.shape[1])
+    batch, heads = (max(column) for column in zip(*sizes, strict=True))
+    device = tensors.q.device
+    length = arguments.padded(problem.seqlen_k)
+    first, last = (
+        torch.empty((batch, heads, length), dtype=torch.int32, device=device) for _ in range(2)
     )
-    return IntervalRanges(
-        start,
-        end,
-        *strides,
-        start.stride(2),
-        problem.heads_q // heads,
-        summary,
-        *arguments.broadcast_strides(summary)[:2],
+    blocks = length // block
+    extrema = torch.empty((batch, heads, blocks, 4), dtype=torch.int32, device=device)
+    heads_per_head = problem.heads_q // heads
+    tiles.key_ranges_kernel[(batch * heads * blocks,)](
+        first,
+        last,
+        extrema,
+        *arguments.bounds(problem),
+        intervals,
+        keys,
+        heads,
+        heads_per_head,
+        blocks,
+        SUB=block,
     )
+    strides = (*_broadcast_strides(first)[:2], heads_per_head)
+    bits_suffice = problem.mask is not None and problem.mask[2] > 1 and problem.mask[3] > 1
+    ruled = problem.causal or problem.window != (None, None) or problem.intervals is not None
+    binding = tl.constexpr(ruled or not bits_suffice)
+    return Ranges(first, last, *strides, extrema, *_broadcast_strides(extrema)[:2], binding)
 
 
 def list_tiles(
-    problem: AttentionProblem, visibility: Visibility, tile: Tile, *, transposed: bool = False
+    problem: AttentionProblem, terms: Terms, tile: Tile, *, transposed: bool = False
 ) -> TileLists | None:
     """The tiles to visit for each query tile, or (transposed) for each key tile.
 
     None where bounds alone decide.
     """
-    sizes = [sizes[:2] for sizes in (problem.mask, problem.intervals) if sizes is not None]
-    if not sizes:
+    if terms.ranges is None:
         return None
+    sizes = [terms.ranges.first.shape[:2]]
+    if terms.mask is not None:
+        sizes.append(terms.mask.words.shape[:2])
     batch, heads = (max(column) for column in zip(*sizes, strict=True))
     own, other = (
         triton.cdiv(problem.seqlen_q, tile.block_m),
@@ -110,24 +173,32 @@ def list_tiles(
     )
     if transposed:
         own, other = other, own
-    device = (visibility.mask or visibility.intervals)[0].device
+    device = terms.ranges.first.device
     index = torch.empty((batch, heads, own, other), dtype=torch.int32, device=device)
     counts = torch.empty((batch, heads, own, 2), dtype=torch.int32, device=device)
     heads_per_list = problem.heads_q // heads
     tiles.list_tiles_kernel[(batch * heads * own,)](
         index,
         counts,
-        *visibility.bounds,
-        visibility.mask,
-        visibility.intervals,
+        *terms.bounds,
+        terms.mask,
+        terms.ranges,
         heads,
         heads_per_list,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        SUB=visibility.block,
+        SUB=terms.block,
         TRANSPOSED=transposed,
         CHUNK=LIST_CHUNK,
     )
     return TileLists(
         index, counts, 0 if batch == 1 else heads * own, 0 if heads == 1 else own, heads_per_list
     )
+
+
+def _broadcast_strides(tensor: Tensor) -> list[Any]:
+    """Strides with 0 for dims of size 1."""
+    return [
+        0 if size == 1 else stride
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]

@@ -1,11 +1,11 @@
 """Device functions that every kernel of this backend is built from.
 
-Index space: i counts query rows, j counts keys, both inside one sequence. Scores live in base 2: s2
-= s * log2(e), so that exp(s - lse) = exp2(s2 - lse2).
+Index space: i counts query rows, j counts keys, both inside one sequence. Exponentials are taken in
+base 2: exp(s - lse) = exp2(s * log2(e) - lse2), one multiply-add before the exponential.
 
-Every visibility rule but a two-dimensional mask gives a key one run of rows, first_j <= i <= last_j
-(V1, V2, V4, V6 and a mask that is the same for all rows); `row_range` computes it once per key, and
-an element of a tile costs two comparisons whatever the number of rules.
+Every visibility rule but a mask that depends on the row gives a key one run of rows, first_j <= i
+<= last_j (V1, V2, V4, V6 and key masks), so that an element of a tile costs two comparisons
+whatever the number of rules.
 """
 
 import triton
@@ -91,8 +91,8 @@ def capped(x, score):
 
 
 @triton.jit
-def load_bias(bias, b, h, i, j, bounds, RAGGED: tl.constexpr):
-    """s2 of the bias (S4) at rows i and keys j, in their broadcast shape.
+def load_bias(bias, b, h, i, j, bounds):
+    """The bias (S4) at rows i and keys j, in their broadcast shape.
 
     Only the dims that the bias has are read.
     """
@@ -103,67 +103,48 @@ def load_bias(bias, b, h, i, j, bounds, RAGGED: tl.constexpr):
     )
     if bias.has_rows and bias.has_keys:
         pointers = pointers + i.to(tl.int64) * bias.row + j.to(tl.int64) * bias.key
-        keep = (i < bounds.seqlen_q) & (j < bounds.seqlen_k)
+        if bias.even:
+            value = tl.load(pointers)
+        else:
+            exists = (i < bounds.seqlen_q) & (j < bounds.seqlen_k)
+            value = tl.load(pointers, mask=exists, other=0.0)
     elif bias.has_keys:
-        pointers = pointers + j.to(tl.int64) * bias.key
-        keep = j < bounds.seqlen_k
+        value = tl.load(pointers + j)
     else:
-        pointers = pointers + i.to(tl.int64) * bias.row
-        keep = i < bounds.seqlen_q
-    if RAGGED or bias.has_rows:
-        value = tl.load(pointers, mask=keep, other=0.0)
-    else:
-        value = tl.load(pointers)
-    return value.to(tl.float32) * LOG2E
+        value = tl.load(pointers + i)
+    return value.to(tl.float32)
 
 
 @triton.jit
-def mask_base(mask, b, h):
-    """Pointer to the packed words of V3 for one batch element and query head."""
-    return (
-        mask.words
-        + tl.cast(b, tl.int64) * mask.batch
-        + tl.cast(h // mask.heads_per_head, tl.int64) * mask.head
-    )
-
-
-@triton.jit
-def row_range(j, b, h, bounds, mask, intervals):
-    """First and last row that sees each key j under every rule that is not two-dimensional.
-
-    First > last hides the key.
-    """
+def bound_range(j, bounds):
+    """First and last row that sees each key j by V1, V2 and V6; first > last hides the key."""
     offset = bounds.seqlen_k - bounds.seqlen_q
     first = tl.full(j.shape, ALWAYS, tl.int32)
     last = tl.full(j.shape, NEVER, tl.int32)
-    if bounds.right is not None:  # V1, V2
+    if bounds.right is not None:
         first = tl.where(j < bounds.right_sinks, ALWAYS, j - offset - bounds.right)
-    if bounds.left is not None:  # V2
+    if bounds.left is not None:
         last = tl.where(j < bounds.left_sinks, NEVER, j - offset + bounds.left)
-    exists = j < bounds.seqlen_k
-    if intervals is not None:  # V4
-        at = (
-            tl.cast(b, tl.int64) * intervals.batch
-            + tl.cast(h // intervals.heads_per_head, tl.int64) * intervals.head
-        )
-        at = at + j.to(tl.int64) * intervals.key
-        first = tl.maximum(first, tl.load(intervals.start + at, mask=exists, other=0))
-        end = tl.load(intervals.end + at, mask=exists, other=0)
-        # end - 1 would wrap at the least integer; no row exists below 0, so 0 says the same
-        last = tl.minimum(last, tl.maximum(end, 0) - 1)
-    if mask is not None and not mask.has_rows:  # V3, one row for all
-        word = tl.load(mask_base(mask, b, h) + j // 32 * mask.word, mask=exists, other=0)
-        exists = exists & (((word >> (j % 32)) & 1) != 0)
-    return tl.where(exists, first, NEVER), last
+    return tl.where(j < bounds.seqlen_k, first, NEVER), last
+
+
+@triton.jit
+def in_range(i, first, last, TRANSPOSED: tl.constexpr):
+    """first_j <= i <= last_j, [rows, keys] or its transpose."""
+    if TRANSPOSED:
+        keep = (first[:, None] <= i[None, :]) & (i[None, :] <= last[:, None])
+    else:
+        keep = (first[None, :] <= i[:, None]) & (i[:, None] <= last[None, :])
+    return keep
 
 
 @triton.jit
 def mask_bits(
     mask,
-    base,
+    b,
+    h,
     start_q,
     start_k,
-    bounds,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -173,21 +154,22 @@ def mask_bits(
     One word is loaded for 32 keys of a row; the words are then spread over the elements by
     reshaping, which is free in registers.
     """
-    rows = start_q + tl.arange(0, BLOCK_M)
-    columns = start_k // 32 + tl.arange(0, BLOCK_N // 32)
+    base = (
+        mask.words
+        + tl.cast(b, tl.int64) * mask.batch
+        + tl.cast(h // mask.heads_per_head, tl.int64) * mask.head
+    )
+    rows = base + (start_q + tl.arange(0, BLOCK_M)).to(tl.int64) * mask.row
+    columns = (start_k // 32 + tl.arange(0, BLOCK_N // 32)) * mask.word
     if TRANSPOSED:
-        pointers = base + rows.to(tl.int64)[None, :] * mask.row + columns[:, None] * mask.word
-        keep = (rows < bounds.seqlen_q)[None, :] & (columns * 32 < bounds.seqlen_k)[:, None]
-        words = tl.load(pointers, mask=keep, other=0)
+        words = tl.load(rows[None, :] + columns[:, None])
         spread = words[:, None, :] >> tl.arange(0, 32)[None, :, None]
-        bits = tl.reshape((spread & 1) != 0, [BLOCK_N, BLOCK_M])
+        bits = tl.reshape(spread & 1, [BLOCK_N, BLOCK_M])
     else:
-        pointers = base + rows.to(tl.int64)[:, None] * mask.row + columns[None, :] * mask.word
-        keep = (rows < bounds.seqlen_q)[:, None] & (columns * 32 < bounds.seqlen_k)[None, :]
-        words = tl.load(pointers, mask=keep, other=0)
+        words = tl.load(rows[:, None] + columns[None, :])
         spread = words[:, :, None] >> tl.arange(0, 32)[None, None, :]
-        bits = tl.reshape((spread & 1) != 0, [BLOCK_M, BLOCK_N])
-    return bits
+        bits = tl.reshape(spread & 1, [BLOCK_M, BLOCK_N])
+    return bits != 0
 
 
 @triton.jit
@@ -198,38 +180,44 @@ def visible(
     start_k,
     bounds,
     mask,
-    intervals,
+    ranges,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
     """Which elements of a tile are visible: [BLOCK_M, BLOCK_N], or its transpose."""
     i = start_q + tl.arange(0, BLOCK_M)
-    first, last = row_range(start_k + tl.arange(0, BLOCK_N), b, h, bounds, mask, intervals)
-    if TRANSPOSED:
-        keep = (first[:, None] <= i[None, :]) & (i[None, :] <= last[:, None])
-    else:
-        keep = (first[None, :] <= i[:, None]) & (i[:, None] <= last[None, :])
-    if mask is not None and mask.has_rows:
-        keep = keep & mask_bits(
-            mask, mask_base(mask, b, h), start_q, start_k, bounds, BLOCK_M, BLOCK_N, TRANSPOSED
+    j = start_k + tl.arange(0, BLOCK_N)
+    if ranges is None:
+        keep = in_range(i, *bound_range(j, bounds), TRANSPOSED)
+    elif ranges.binding:
+        at = (
+            tl.cast(b, tl.int64) * ranges.batch
+            + tl.cast(h // ranges.heads_per_head, tl.int64) * ranges.head
         )
+        first = tl.load(ranges.first + at + j)
+        last = tl.load(ranges.last + at + j)
+        keep = in_range(i, first, last, TRANSPOSED)
+        if mask is not None:
+            keep = keep & mask_bits(mask, b, h, start_q, start_k, BLOCK_M, BLOCK_N, TRANSPOSED)
+    else:
+        keep = mask_bits(mask, b, h, start_q, start_k, BLOCK_M, BLOCK_N, TRANSPOSED)
     return keep
 
 
 @triton.jit
-def scores(x, b, h, i, j, score, bias, bounds, RAGGED: tl.constexpr):
-    """(s2, slope) of S1, S2 and S4 for raw products x: slope is that of S2, which G1 needs.
+def scores(x, b, h, i, j, score, bias, bounds):
+    """(s, slope) of S1, S2 and S4 for raw products x: slope is that of S2, which G1 needs.
 
     i and j are in their broadcast shapes.
     """
     slope = 1.0
     if score.inner is not None:
         u = capped(x, score)
-        s2 = u * score.outer
+        s = u * score.outer
         slope = 1.0 - u * u
     else:
-        s2 = x * score.outer
+        s = x * score.outer
     if bias is not None:
-        s2 = s2 + load_bias(bias, b, h, i, j, bounds, RAGGED)
-    return s2, slope
+        s = s + load_bias(bias, b, h, i, j, bounds)
+    return s, slope

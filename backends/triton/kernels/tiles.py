@@ -2,16 +2,17 @@
 
 Two modes. With bounds alone (V1, V2, V6) the tiles of a row are a few ranges that the attention
 kernels work out for themselves (`key_tile_span`, `query_tile_span`). With a mask or intervals (V3,
-V4) three small kernels run first, without synchronisation: `pack_mask` reads the mask once,
-`summarise_intervals` reads start and end once, and `list_tiles` writes, for every tile row, the
-tiles to visit: full ones from the front of the list, partial ones from its back.
+V4) small kernels run first, without synchronisation: `key_ranges` turns every rule on keys into one
+run of rows per key, `pack_mask` reads a mask that depends on the row once, and `list_tiles` writes,
+for every tile row, the tiles to visit: full ones from the front of the list, partial ones from its
+back.
 """
 
 import triton
 import triton.language as tl
 
 from .arguments import Bounds
-from .primitives import ALWAYS, NEVER
+from .primitives import ALWAYS, NEVER, bound_range
 
 EMPTY: tl.constexpr = tl.constexpr(0)
 PARTIAL: tl.constexpr = tl.constexpr(1)
@@ -97,7 +98,7 @@ def classify(
     h,
     bounds,
     mask,
-    intervals,
+    ranges,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SUB: tl.constexpr,
@@ -108,45 +109,35 @@ def classify(
     Tile numbers may be tensors. `some` is a bound: a tile in which rules empty each other out only
     together is visited and found empty.
     """
-    offset = bounds.seqlen_k - bounds.seqlen_q
     start_q = tile_q * BLOCK_M
     start_k = tile_k * BLOCK_N
     last_q = tl.minimum(start_q + BLOCK_M, bounds.seqlen_q) - 1
-    last_k = tl.minimum(start_k + BLOCK_N, bounds.seqlen_k) - 1
     some = (start_q < bounds.seqlen_q) & (start_k < bounds.seqlen_k)
     all_ = (start_q + BLOCK_M <= bounds.seqlen_q) & (start_k + BLOCK_N <= bounds.seqlen_k)
-    if bounds.right is not None:  # V1, V2
-        some = some & ((start_k - offset - bounds.right <= last_q) | (start_k < bounds.right_sinks))
-        all_ = all_ & ((last_k - offset - bounds.right <= start_q) | (last_k < bounds.right_sinks))
-    if bounds.left is not None:  # V2
-        some = some & ((last_k - offset + bounds.left >= start_q) | (start_k < bounds.left_sinks))
-        nearest = tl.maximum(start_k, bounds.left_sinks)
-        all_ = all_ & ((nearest - offset + bounds.left >= last_q) | (last_k < bounds.left_sinks))
-    if intervals is not None:  # V4
-        at = (
-            tl.cast(b, tl.int64) * intervals.summary_batch
-            + tl.cast(h // intervals.heads_per_head, tl.int64) * intervals.summary_head
+    at = (
+        tl.cast(b, tl.int64) * ranges.extrema_batch
+        + tl.cast(h // ranges.heads_per_head, tl.int64) * ranges.extrema_head
+    )
+    exists = tile_k < tl.cdiv(bounds.seqlen_k, BLOCK_N)
+    overlaps = tile_k < 0
+    for part in tl.static_range((BLOCK_N + SUB - 1) // SUB):
+        block = start_k // SUB + part
+        present = exists & (block * SUB < bounds.seqlen_k)
+        entry = ranges.extrema + at + block * 4
+        overlaps = overlaps | (
+            (tl.load(entry, mask=present, other=NEVER) <= last_q)
+            & (tl.load(entry + 3, mask=present, other=ALWAYS) >= start_q)
         )
-        inside = tile_k < tl.cdiv(bounds.seqlen_k, BLOCK_N)
-        overlaps = tile_k < 0
-        for part in tl.static_range((BLOCK_N + SUB - 1) // SUB):
-            block = start_k // SUB + part
-            present = inside & (block * SUB < bounds.seqlen_k)
-            entry = intervals.summary + at + block * 4
-            overlaps = overlaps | (
-                (tl.load(entry, mask=present, other=NEVER) <= last_q)
-                & (tl.load(entry + 3, mask=present, other=ALWAYS) > start_q)
-            )
-            all_ = all_ & (tl.load(entry + 1, mask=present, other=NEVER) <= start_q)
-            all_ = all_ & (tl.load(entry + 2, mask=present, other=ALWAYS) > last_q)
-        some = some & overlaps
+        all_ = all_ & (tl.load(entry + 1, mask=present, other=NEVER) <= start_q)
+        all_ = all_ & (tl.load(entry + 2, mask=present, other=ALWAYS) >= last_q)
+    some = some & overlaps
     if mask is not None:  # V3
         at = (
             tl.cast(b, tl.int64) * mask.class_batch
             + tl.cast(h // mask.heads_per_head, tl.int64) * mask.class_head
         )
         any_ = tile_k < 0
-        for part_q in tl.static_range((BLOCK_M + SUB - 1) // SUB if mask.has_rows else 1):
+        for part_q in tl.static_range((BLOCK_M + SUB - 1) // SUB):
             for part_k in tl.static_range((BLOCK_N + SUB - 1) // SUB):
                 row = start_q // SUB + part_q
                 column = start_k // SUB + part_k
@@ -164,7 +155,7 @@ def classify(
     return some, all_ & some
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "heads"])
+@triton.jit(do_not_specialize=["heads"])
 def pack_mask_kernel(
     source,
     source_batch,
@@ -175,19 +166,21 @@ def pack_mask_kernel(
     classes,
     seqlen_q,
     seqlen_k,
+    n_rows,
+    n_words,
     heads,
     SUB: tl.constexpr,
     CHUNK: tl.constexpr,
     ONE_KEY: tl.constexpr,
 ):
-    """Bits and block classes of one [SUB, CHUNK] piece of a boolean mask; grid batch * heads * row
-    blocks * chunks.
+    """Bits and block classes of one [SUB, CHUNK] piece of a boolean mask.
 
-    With ONE_KEY the mask has one column, which stands for every key: a word is all ones or all
-    zeros.
+    Grid batch * heads * row blocks * chunks, over rows padded to n_rows and keys to 32 * n_words:
+    bits of what does not exist are 0. With ONE_KEY the mask has one column, which stands for every
+    key: a word is all ones or all zeros.
     """
-    chunks = tl.cdiv(seqlen_k, CHUNK)
-    row_blocks = tl.cdiv(seqlen_q, SUB)
+    chunks = tl.cdiv(n_words * 32, CHUNK)
+    row_blocks = n_rows // SUB
     chunk = tl.program_id(0) % chunks
     row_block = tl.program_id(0) // chunks % row_blocks
     plane = tl.program_id(0) // (chunks * row_blocks)
@@ -198,53 +191,96 @@ def pack_mask_kernel(
     exists = (rows < seqlen_q)[:, None] & (keys < seqlen_k)[None, :]
     base = source + tl.cast(b, tl.int64) * source_batch + tl.cast(h, tl.int64) * source_head
     at = rows.to(tl.int64)[:, None] * source_row + keys.to(tl.int64)[None, :] * source_key
-    value = tl.load(base + at, mask=exists, other=0).to(tl.int32) != 0
+    value = tl.load(base + at, mask=exists, other=0) != 0
 
     bits = tl.reshape(value.to(tl.int32), [SUB, CHUNK // 32, 32]) << tl.arange(0, 32)[None, None, :]
     packed = tl.sum(bits, axis=2)
     if ONE_KEY:
         packed = -packed
-    n_words = tl.cdiv(seqlen_k, 32)
     plane = plane.to(tl.int64)
     word = chunk * (CHUNK // 32) + tl.arange(0, CHUNK // 32)
-    target = words + (plane * seqlen_q + rows[:, None]) * n_words + word[None, :]
-    tl.store(target, packed, mask=(rows < seqlen_q)[:, None] & (word < n_words)[None, :])
+    target = words + (plane * n_rows + rows[:, None]) * n_words + word[None, :]
+    tl.store(target, packed, mask=(word < n_words)[None, :])
 
-    some = tl.max(tl.max(tl.reshape(value.to(tl.int32), [SUB, CHUNK // SUB, SUB]), axis=2), axis=0)
-    whole = (value | ~exists).to(tl.int32)
-    every = tl.min(tl.min(tl.reshape(whole, [SUB, CHUNK // SUB, SUB]), axis=2), axis=0)
-    n_columns = tl.cdiv(seqlen_k, SUB)
+    # A block holds 2 words a row: whether any bit is set, and whether all bits that exist are.
+    missing = tl.where((rows < seqlen_q)[:, None], _missing_bits(word, seqlen_k), -1)
+    some = tl.max(tl.reshape((packed != 0).to(tl.int32), [SUB, CHUNK // SUB, SUB // 32]), axis=2)
+    whole = ((packed | missing) == -1).to(tl.int32)
+    every = tl.min(tl.reshape(whole, [SUB, CHUNK // SUB, SUB // 32]), axis=2)
+    some = tl.max(some, axis=0)
+    every = tl.min(every, axis=0)
+    n_columns = tl.cdiv(n_words * 32, SUB)
     column = chunk * (CHUNK // SUB) + tl.arange(0, CHUNK // SUB)
-    entry = classes + (plane * tl.cdiv(seqlen_q, SUB) + row_block) * n_columns + column
+    entry = classes + (plane * row_blocks + row_block) * n_columns + column
     tl.store(entry, (some + some * every).to(tl.int8), mask=column < n_columns)
 
 
-@triton.jit(do_not_specialize=["seqlen_k", "heads"])
-def summarise_intervals_kernel(
-    start, end, batch, head, key, summary, seqlen_k, heads, SUB: tl.constexpr
-):
-    """Least and greatest start and end of one block of SUB keys.
+@triton.jit
+def _missing_bits(word, seqlen_k):
+    """[1, words]: the bits of each word whose keys are not below seqlen_k."""
+    left = tl.minimum(tl.maximum(seqlen_k - word * 32, 0), 32)
+    present = tl.where(left == 32, -1, (1 << tl.minimum(left, 31)) - 1)
+    return (~present)[None, :]
 
-    Grid batch * heads * blocks. A hidden key starts never and ends at once.
+
+@triton.jit(do_not_specialize=[*Bounds._fields, "heads", "heads_per_list"])
+def key_ranges_kernel(
+    first_row,
+    last_row,
+    extrema,
+    seqlen_q,
+    seqlen_k,
+    left,
+    right,
+    left_sinks,
+    right_sinks,
+    intervals,
+    keys,
+    heads,
+    heads_per_list,
+    blocks,
+    SUB: tl.constexpr,
+):
+    """Rows that see each of SUB keys, and their extrema; grid batch * heads * blocks.
+
+    A hidden key starts never and has ended before it starts.
     """
-    blocks = tl.cdiv(seqlen_k, SUB)
+    bounds = Bounds(seqlen_q, seqlen_k, left, right, left_sinks, right_sinks)
     block = tl.program_id(0) % blocks
     plane = tl.program_id(0) // blocks
-    keys = block * SUB + tl.arange(0, SUB)
-    exists = keys < seqlen_k
-    at = (
-        tl.cast(plane // heads, tl.int64) * batch
-        + tl.cast(plane % heads, tl.int64) * head
-        + keys.to(tl.int64) * key
-    )
-    first = tl.load(start + at, mask=exists, other=0)
-    stop = tl.load(end + at, mask=exists, other=0)
-    shown = exists & (first < stop)
-    entry = summary + (tl.cast(plane, tl.int64) * blocks + block) * 4
-    tl.store(entry, tl.min(tl.where(shown, first, NEVER), axis=0))
-    tl.store(entry + 1, tl.max(tl.where(exists, tl.where(shown, first, NEVER), ALWAYS), axis=0))
-    tl.store(entry + 2, tl.min(tl.where(exists, tl.where(shown, stop, ALWAYS), NEVER), axis=0))
-    tl.store(entry + 3, tl.max(tl.where(shown, stop, ALWAYS), axis=0))
+    b = plane // heads
+    h = (plane % heads) * heads_per_list
+    j = block * SUB + tl.arange(0, SUB)
+    exists = j < seqlen_k
+    first, last = bound_range(j, bounds)
+    if intervals is not None:  # V4
+        at = (
+            tl.cast(b, tl.int64) * intervals.batch
+            + tl.cast(h // intervals.heads_per_head, tl.int64) * intervals.head
+            + j.to(tl.int64) * intervals.key
+        )
+        first = tl.maximum(first, tl.load(intervals.start + at, mask=exists, other=0))
+        end = tl.load(intervals.end + at, mask=exists, other=0)
+        # end - 1 would wrap at the least integer; no row exists below 0, so 0 says the same
+        last = tl.minimum(last, tl.maximum(end, 0) - 1)
+    if keys is not None:  # V3, one row for all
+        at = (
+            tl.cast(b, tl.int64) * keys.batch
+            + tl.cast(h // keys.heads_per_head, tl.int64) * keys.head
+            + j.to(tl.int64) * keys.key
+        )
+        exists = exists & (tl.load(keys.pointer + at, mask=exists, other=0) != 0)
+    shown = exists & (first <= last)
+    first = tl.where(shown, first, NEVER)
+    last = tl.where(shown, last, ALWAYS)
+    at = (tl.cast(plane, tl.int64) * blocks + block) * SUB + tl.arange(0, SUB)
+    tl.store(first_row + at, first)
+    tl.store(last_row + at, last)
+    entry = extrema + (tl.cast(plane, tl.int64) * blocks + block) * 4
+    tl.store(entry, tl.min(first, axis=0))
+    tl.store(entry + 1, tl.max(first, axis=0))
+    tl.store(entry + 2, tl.min(last, axis=0))
+    tl.store(entry + 3, tl.max(last, axis=0))
 
 
 @triton.jit(do_not_specialize=[*Bounds._fields, "heads", "heads_per_list"])
@@ -258,7 +294,7 @@ def list_tiles_kernel(
     left_sinks,
     right_sinks,
     mask,
-    intervals,
+    ranges,
     heads,
     heads_per_list,
     BLOCK_M: tl.constexpr,
@@ -291,9 +327,9 @@ def list_tiles_kernel(
     for first in range(0, n_other, CHUNK):
         other = first + tl.arange(0, CHUNK)
         if TRANSPOSED:
-            some, whole = classify(other, own, b, h, bounds, mask, intervals, BLOCK_M, BLOCK_N, SUB)
+            some, whole = classify(other, own, b, h, bounds, mask, ranges, BLOCK_M, BLOCK_N, SUB)
         else:
-            some, whole = classify(own, other, b, h, bounds, mask, intervals, BLOCK_M, BLOCK_N, SUB)
+            some, whole = classify(own, other, b, h, bounds, mask, ranges, BLOCK_M, BLOCK_N, SUB)
         full = (whole & (other < n_other)).to(tl.int32)
         partial = (some & (other < n_other)).to(tl.int32) - full
         tl.store(row + n_full + tl.cumsum(full, 0) - full, other, mask=full != 0)

@@ -51,7 +51,8 @@ class Tile:
 
 def tile(kernel: str, problem: AttentionProblem) -> Tile:
     """The tile of a kernel for a problem."""
-    return _lookup(kernel, problem.arch or 0, problem.dtype.itemsize, problem.head_dim)
+    bare = problem.terms() <= {"causal", "window", "sinks"}
+    return _lookup(kernel, problem.arch or 0, problem.dtype.itemsize, problem.head_dim, bare)
 
 
 def mask_block(problem: AttentionProblem) -> int:
@@ -63,12 +64,15 @@ def mask_block(problem: AttentionProblem) -> int:
 
 
 @functools.cache
-def _lookup(kernel: str, arch: int, itemsize: int, head_dim: int) -> Tile:
+def _lookup(kernel: str, arch: int, itemsize: int, head_dim: int, bare: bool) -> Tile:
     rows = TABLE[kernel]
     family = max(number for row in rows for number in row["arch"] if number <= arch)
     row = next(
         row
         for row in rows
-        if family in row["arch"] and row["bytes"] == itemsize and head_dim <= row["dim"]
+        if family in row["arch"]
+        and row["bytes"] == itemsize
+        and head_dim <= row["dim"]
+        and (bare or not row.get("bare", False))
     )
     return Tile(row["m"], row["n"], row["warps"], row["stages"], row["tma"])
