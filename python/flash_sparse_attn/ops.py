@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import dispatch
 from .problem import OPTION_NAMES, AttentionOptions, AttentionProblem, Form
 from .tensors import DIFFERENTIABLE, TENSOR_NAMES, AttentionTensors
-from .validation import describe
+from .validation import describe, message
 
 _SCHEMA_TYPES = {
     "str": "str",
@@ -59,6 +59,8 @@ def attention(
         TypeError, ValueError: the call breaks an E rule.
         NotImplementedError, ImportError: E9.
     """
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(message("E1", "backend", repr(backend), "a name or None"))
     given = [getattr(tensors, name) for name in TENSOR_NAMES]
     grads = ""
     if torch.is_grad_enabled():
