@@ -246,5 +246,5 @@ def from_block_mask(block_mask: BlockMask) -> tuple[BlockMap, Tensor | None]:
 def _listed_blocks(counts: Tensor, indices: Tensor) -> Tensor:
     """Bool map of the first `counts` entries of each row of `indices`."""
     listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
-    empty = torch.zeros(indices.shape, dtype=torch.bool, device=indices.device)
-    return empty.scatter_reduce(-1, indices.long(), listed, "amax")
+    times = torch.zeros_like(indices).scatter_add(-1, indices.long(), listed.to(indices.dtype))
+    return times > 0

@@ -53,14 +53,14 @@ class Bounds(NamedTuple):
 
 
 class Score(NamedTuple):
-    """S1 and S2 for a raw product x: s = outer * x, or outer * tanh(x * inner / (2 log2 e)) with
-    softcap.
-    """
+    """S1 and S2 for a raw product x: s = outer * x, or outer * tanh(inner * x) with softcap."""
 
     outer: float
     inner: float | None
     positive: Any
     """Whether s rises with x, so that a maximum may be taken before scaling."""
+    fine: Any
+    """Whether tanh must be exact to float32, not only to a 16-bit result."""
 
 
 class Bias(NamedTuple):
@@ -230,10 +230,11 @@ def bounds(problem: AttentionProblem) -> Bounds:
 
 def score(problem: AttentionProblem) -> Score:
     """S1 and S2 of the problem."""
+    fine = tl.constexpr(problem.dtype.itemsize == 4)
     if problem.softcap > 0:
-        inner = problem.softmax_scale / problem.softcap * 2 * LOG2E
-        return Score(problem.softcap, inner, tl.constexpr(True))
-    return Score(problem.softmax_scale, None, tl.constexpr(problem.softmax_scale > 0))
+        inner = problem.softmax_scale / problem.softcap
+        return Score(problem.softcap, inner, tl.constexpr(True), fine)
+    return Score(problem.softmax_scale, None, tl.constexpr(problem.softmax_scale > 0), fine)
 
 
 def broadcast_strides(tensor: Tensor) -> list[int]:

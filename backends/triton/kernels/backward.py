@@ -142,7 +142,8 @@ def key_gradients_kernel(
             index = lists.index + listed * tiles_q
             n_full = tl.load(lists.counts + listed * 2)
             n_partial = tl.load(lists.counts + listed * 2 + 1)
-        for PARTIAL in tl.static_range(2):
+        # Full tiles last: with another loop behind theirs, ptxas serialises its matrix products.
+        for PARTIAL in tl.static_range(1, -1, -1):
             for t in range(n_partial if PARTIAL else n_full):
                 if lists is not None:
                     tile_q = tl.load(index + (tiles_q - 1 - t if PARTIAL else t))

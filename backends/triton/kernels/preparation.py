@@ -64,12 +64,12 @@ def _bias(problem: AttentionProblem, bias: Tensor) -> Bias:
     """S4: a bias of one dim becomes a padded float32 record, which tiles read without tests."""
     batch, heads, rows, keys = bias.shape
     heads_per_head = problem.heads_q // heads
-    if rows > 1 and keys > 1:
+    if rows != 1 and keys != 1:
         block = arguments.RECORD_BLOCK
         even = rows % block == 0 and keys % block == 0
         kind = (tl.constexpr(True), tl.constexpr(True), tl.constexpr(even))
         return Bias(bias, *_broadcast_strides(bias)[:2], *bias.stride()[2:], heads_per_head, *kind)
-    on_rows = rows > 1
+    on_rows = rows != 1
     length = problem.seqlen_q if on_rows else problem.seqlen_k
     record = bias.new_zeros((batch, heads, arguments.padded(length)), dtype=torch.float32)
     record[..., :length].copy_(bias[..., 0] if on_rows else bias[:, :, 0])

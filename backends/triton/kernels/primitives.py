@@ -84,10 +84,23 @@ def store_tile(
 
 @triton.jit
 def capped(x, score):
-    """tanh(r / t) of S2 for raw products x = <q, k>, through exp2: exact to a few ulp of 1 and free
-    of overflow.
+    """tanh(r / t) of S2 for raw products x = <q, k>.
+
+    Through exp2, which is free of overflow and exact to a few ulp of 1; near 0, where float32 can
+    tell the difference, by the Taylor series.
     """
-    return 1.0 - 2.0 / (1.0 + tl.exp2(x * score.inner))
+    y = x * score.inner
+    u = 1.0 - 2.0 / (1.0 + tl.exp2(y * (2.0 * LOG2E)))
+    if score.fine:
+        z = y * y
+        series = 21844.0 / 6081075.0
+        series = series * z - 1382.0 / 155925.0
+        series = series * z + 62.0 / 2835.0
+        series = series * z - 17.0 / 315.0
+        series = series * z + 2.0 / 15.0
+        series = series * z - 1.0 / 3.0
+        u = tl.where(z < 0.25, y + y * z * series, u)
+    return u
 
 
 @triton.jit
