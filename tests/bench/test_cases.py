@@ -21,8 +21,8 @@ def test_every_suite_is_well_formed(suite, command):
     [
         ("dense", "forward", 6),
         ("dense", "backward", 6),
-        ("masked", "forward", 4),
-        ("masked", "backward", 8),
+        ("masked", "forward", 6),
+        ("masked", "backward", 10),
         ("predecessors", "forward", 8 + 11),
     ],
 )

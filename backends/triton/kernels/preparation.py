@@ -48,7 +48,7 @@ class _KeyMask(NamedTuple):
 
 def prepare(problem: AttentionProblem, tensors: AttentionTensors, block: int) -> Terms:
     """Read bias, mask and intervals once (S4, V3, V4)."""
-    packed = problem.mask is not None and problem.mask[2] > 1
+    packed = problem.mask is not None and problem.mask[2] != 1
     listed = problem.mask is not None or problem.intervals is not None
     return Terms(
         arguments.bounds(problem),
@@ -126,7 +126,7 @@ def key_ranges(problem: AttentionProblem, tensors: AttentionTensors, block: int)
         sizes.append(problem.mask[:2])
         batch, head, _, key = _broadcast_strides(mask)
         keys = _KeyMask(mask, batch, head, key, problem.heads_q // mask.shape[1])
-    batch, heads = (max(column) for column in zip(*sizes, strict=True))
+    batch, heads = _broadcast(sizes)
     device = tensors.q.device
     length = arguments.padded(problem.seqlen_k)
     first, last = (
@@ -148,7 +148,7 @@ def key_ranges(problem: AttentionProblem, tensors: AttentionTensors, block: int)
         SUB=block,
     )
     strides = (*_broadcast_strides(first)[:2], heads_per_head)
-    bits_suffice = problem.mask is not None and problem.mask[2] > 1 and problem.mask[3] > 1
+    bits_suffice = problem.mask is not None and problem.mask[2] != 1 and problem.mask[3] > 1
     ruled = problem.causal or problem.window != (None, None) or problem.intervals is not None
     binding = tl.constexpr(ruled or not bits_suffice)
     return Ranges(first, last, *strides, extrema, *_broadcast_strides(extrema)[:2], binding)
@@ -166,7 +166,7 @@ def list_tiles(
     sizes = [terms.ranges.first.shape[:2]]
     if terms.mask is not None:
         sizes.append(terms.mask.words.shape[:2])
-    batch, heads = (max(column) for column in zip(*sizes, strict=True))
+    batch, heads = _broadcast(sizes)
     own, other = (
         triton.cdiv(problem.seqlen_q, tile.block_m),
         triton.cdiv(problem.seqlen_k, tile.block_n),
@@ -194,6 +194,11 @@ def list_tiles(
     return TileLists(
         index, counts, 0 if batch == 1 else heads * own, 0 if heads == 1 else own, heads_per_list
     )
+
+
+def _broadcast(sizes: list[tuple[int, ...]]) -> list[int]:
+    """Sizes to which all of `sizes` broadcast: 1 gives way, to 0 too."""
+    return [min(column) if 0 in column else max(column) for column in zip(*sizes, strict=True)]
 
 
 def _broadcast_strides(tensor: Tensor) -> list[Any]:
