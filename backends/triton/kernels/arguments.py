@@ -117,6 +117,14 @@ class Ranges(NamedTuple):
     """Whether they hide anything that a packed mask does not."""
 
 
+class Order(NamedTuple):
+    """Where compacted keys come from: int32 `[{B,1}, {Hkv,1}, padded Sk]`, a permutation."""
+
+    key: Tensor
+    batch: int
+    head: int
+
+
 class TileLists(NamedTuple):
     """Tiles to visit, int32 `[.., tile rows, tiles]`, and (full, partial) counts `[.., tile rows,
     2]`.
@@ -155,6 +163,14 @@ class Terms(NamedTuple):
     def flat(self) -> tuple:
         """`*bounds, score, bias, mask, ranges`, as every attention kernel takes them."""
         return (*self.bounds, self.score, self.bias, self.mask, self.ranges)
+
+
+def broadcast_strides(tensor: Tensor) -> list[int]:
+    """Strides with 0 for dims of size 1."""
+    return [
+        0 if size == 1 else stride
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
 
 
 def padded(length: int) -> int:
@@ -235,14 +251,6 @@ def score(problem: AttentionProblem) -> Score:
         inner = problem.softmax_scale / problem.softcap
         return Score(problem.softcap, inner, tl.constexpr(True), fine)
     return Score(problem.softmax_scale, None, tl.constexpr(problem.softmax_scale > 0), fine)
-
-
-def broadcast_strides(tensor: Tensor) -> list[int]:
-    """Strides with 0 for dims of size 1."""
-    return [
-        0 if size == 1 else stride
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    ]
 
 
 def precision(problem: AttentionProblem) -> str:

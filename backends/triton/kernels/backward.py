@@ -18,9 +18,9 @@ from torch import Tensor
 from flash_sparse_attn.problem import AttentionProblem
 from flash_sparse_attn.tensors import AttentionTensors
 
-from . import arguments, bias_gradient, preparation, tuning
-from .arguments import Bounds, RowTerms, Terms
-from .primitives import LOG2E, load_tile, scores, store_tile, visible
+from . import arguments, bias_gradient, compaction, preparation, tuning
+from .arguments import Bounds, Order, RowTerms, Terms
+from .primitives import LOG2E, load_tile, scores, store_rows, visible
 from .tiles import key_tile_span, query_tile_span
 
 
@@ -79,6 +79,7 @@ def key_gradients_kernel(
     dk,
     dv,
     dbias,
+    order,
     rows,
     seqlen_q,
     seqlen_k,
@@ -114,6 +115,10 @@ def key_gradients_kernel(
     b = tl.program_id(0) // (heads_kv * tiles_k)
     start_k = tile_k * BLOCK_N
     j = start_k + tl.arange(0, BLOCK_N)
+    if order is None:
+        key = j
+    else:  # j counts compacted keys; results go where the user's keys are
+        key = tl.load(order.key + tl.cast(b, tl.int64) * order.batch + n * order.head + j)
     RAW: tl.constexpr = score.inner is None and bias is None
     unit = score.outer * LOG2E if RAW else LOG2E
 
@@ -185,13 +190,13 @@ def key_gradients_kernel(
                             ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=PRECISION
                         )
         if dbias is not None:
-            column = (tl.cast(b, tl.int64) * heads_kv * GROUP + h) * bounds.seqlen_k + j
+            column = (tl.cast(b, tl.int64) * heads_kv * GROUP + h) * bounds.seqlen_k + key
             tl.store(dbias + column, dbias_acc, mask=j < bounds.seqlen_k)
 
     if dk is not None:
-        store_tile(dk, b, n, start_k, bounds.seqlen_k, dk_acc * scale, BLOCK_N, D, BLOCK_D)
+        store_rows(dk, b, n, key, j < bounds.seqlen_k, dk_acc * scale, D, BLOCK_D)
     if dv is not None:
-        store_tile(dv, b, n, start_k, bounds.seqlen_k, dv_acc, BLOCK_N, D, BLOCK_D)
+        store_rows(dv, b, n, key, j < bounds.seqlen_k, dv_acc, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=[*Bounds._fields, "heads_q", "group"])
@@ -289,7 +294,7 @@ def query_gradient_kernel(
             if score.inner is not None:
                 ds = ds * slope
             acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
-    store_tile(dq, b, h, start_q, bounds.seqlen_q, acc * scale, BLOCK_M, D, BLOCK_D)
+    store_rows(dq, b, h, i, i < bounds.seqlen_q, acc * scale, D, BLOCK_D)
 
 
 def backward(
@@ -305,10 +310,11 @@ def backward(
     """
     rows = row_terms(problem, o, lse, do, dlse)
     terms = preparation.prepare(problem, tensors, tuning.mask_block(problem))
+    tensors, terms, order = compaction.compact(problem, tensors, terms)
     gradients = {}
     sums = bias_gradient.kind(problem) == bias_gradient.Kind.KEYS
     if problem.needs("k", "v") or sums:
-        gradients |= key_gradients(problem, tensors, terms, rows, do)
+        gradients |= key_gradients(problem, tensors, terms, order, rows, do)
     if problem.needs("q"):
         gradients["q"] = query_gradient(problem, tensors, terms, rows, do)
     if problem.needs("bias") and not sums:
@@ -345,21 +351,14 @@ def key_gradients(
     problem: AttentionProblem,
     tensors: AttentionTensors,
     terms: Terms,
+    order: Order | None,
     rows: RowTerms,
     do: Tensor,
 ) -> dict[str, Tensor]:
     """dk, dv and the gradient of a bias without rows, those of them that are needed."""
     tile = tuning.tile("key_gradients", problem)
-    dk = (
-        torch.empty_like(tensors.k, memory_format=torch.contiguous_format)
-        if problem.needs("k")
-        else None
-    )
-    dv = (
-        torch.empty_like(tensors.v, memory_format=torch.contiguous_format)
-        if problem.needs("v")
-        else None
-    )
+    dk = tensors.k.new_empty(tensors.k.shape) if problem.needs("k") else None
+    dv = tensors.v.new_empty(tensors.v.shape) if problem.needs("v") else None
     sums = None
     if bias_gradient.kind(problem) == bias_gradient.Kind.KEYS:
         sums = rows.delta.new_empty((problem.batch, problem.heads_q, problem.seqlen_k))
@@ -369,6 +368,7 @@ def key_gradients(
         None if dk is None else arguments.operand(dk),
         None if dv is None else arguments.operand(dv),
         sums,
+        order,
         rows,
         *terms.flat(),
         preparation.list_tiles(problem, terms, tile, transposed=True),

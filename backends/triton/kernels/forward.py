@@ -13,9 +13,9 @@ from torch import Tensor
 from flash_sparse_attn.problem import AttentionProblem
 from flash_sparse_attn.tensors import AttentionTensors
 
-from . import arguments, preparation, tuning
+from . import arguments, compaction, preparation, tuning
 from .arguments import Bounds
-from .primitives import LN2, LOG2E, load_tile, scores, store_tile, visible
+from .primitives import LN2, LOG2E, load_tile, scores, store_rows, visible
 from .tiles import key_tile_span
 
 
@@ -118,7 +118,7 @@ def forward_kernel(
 
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
-    store_tile(o, b, h, start_q, bounds.seqlen_q, acc, BLOCK_M, D, BLOCK_D)
+    store_rows(o, b, h, i, i < bounds.seqlen_q, acc, D, BLOCK_D)
     row = (tl.cast(b, tl.int64) * heads_q + h) * bounds.seqlen_q + i
     tl.store(
         lse + row,
@@ -137,6 +137,7 @@ def forward(problem: AttentionProblem, tensors: AttentionTensors) -> tuple[Tenso
     tile = tuning.tile("forward", problem)
     width = arguments.block_d(problem)
     terms = preparation.prepare(problem, tensors, tuning.mask_block(problem))
+    tensors, terms, _ = compaction.compact(problem, tensors, terms)
     grid = (triton.cdiv(problem.seqlen_q, tile.block_m) * problem.batch * problem.heads_q,)
     forward_kernel[grid](
         arguments.source(q, tile.block_m, width, tile.tma),

@@ -5,7 +5,7 @@ Nothing here reads device data.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,7 +16,7 @@ from flash_sparse_attn.problem import AttentionProblem
 from flash_sparse_attn.tensors import AttentionTensors
 
 from . import arguments, tiles
-from .arguments import Bias, PackedMask, Ranges, Terms, TileLists
+from .arguments import Bias, PackedMask, Ranges, Terms, TileLists, broadcast_strides
 from .tuning import Tile
 
 PACK_CHUNK = 256
@@ -68,12 +68,12 @@ def _bias(problem: AttentionProblem, bias: Tensor) -> Bias:
         block = arguments.RECORD_BLOCK
         even = rows % block == 0 and keys % block == 0
         kind = (tl.constexpr(True), tl.constexpr(True), tl.constexpr(even))
-        return Bias(bias, *_broadcast_strides(bias)[:2], *bias.stride()[2:], heads_per_head, *kind)
+        return Bias(bias, *broadcast_strides(bias)[:2], *bias.stride()[2:], heads_per_head, *kind)
     on_rows = rows != 1
     length = problem.seqlen_q if on_rows else problem.seqlen_k
     record = bias.new_zeros((batch, heads, arguments.padded(length)), dtype=torch.float32)
     record[..., :length].copy_(bias[..., 0] if on_rows else bias[:, :, 0])
-    strides = (*_broadcast_strides(record)[:2], int(on_rows), int(not on_rows))
+    strides = (*broadcast_strides(record)[:2], int(on_rows), int(not on_rows))
     kind = (tl.constexpr(on_rows), tl.constexpr(not on_rows), tl.constexpr(True))
     return Bias(record, *strides, heads_per_head, *kind)
 
@@ -104,8 +104,8 @@ def _pack_mask(problem: AttentionProblem, mask: Tensor, block: int) -> PackedMas
         CHUNK=PACK_CHUNK,
         ONE_KEY=keys == 1,
     )
-    strides = [*_broadcast_strides(words)[:2], n_words, int(keys > 1)]
-    class_strides = [*_broadcast_strides(classes)[:2], n_columns, int(keys > 1)]
+    strides = [*broadcast_strides(words)[:2], n_words, int(keys > 1)]
+    class_strides = [*broadcast_strides(classes)[:2], n_columns, int(keys > 1)]
     return PackedMask(words, *strides, problem.heads_q // heads, classes, *class_strides)
 
 
@@ -119,12 +119,12 @@ def key_ranges(problem: AttentionProblem, tensors: AttentionTensors, block: int)
         if start.stride() != end.stride():
             start, end = start.contiguous(), end.contiguous()
         sizes.append(problem.intervals)
-        strides = (*_broadcast_strides(start)[:2], start.stride(2))
+        strides = (*broadcast_strides(start)[:2], start.stride(2))
         intervals = _Intervals(start, end, *strides, problem.heads_q // start.shape[1])
     if problem.mask is not None and problem.mask[2] == 1:
         mask = tensors.mask.view(torch.int8)
         sizes.append(problem.mask[:2])
-        batch, head, _, key = _broadcast_strides(mask)
+        batch, head, _, key = broadcast_strides(mask)
         keys = _KeyMask(mask, batch, head, key, problem.heads_q // mask.shape[1])
     batch, heads = _broadcast(sizes)
     device = tensors.q.device
@@ -147,11 +147,11 @@ def key_ranges(problem: AttentionProblem, tensors: AttentionTensors, block: int)
         blocks,
         SUB=block,
     )
-    strides = (*_broadcast_strides(first)[:2], heads_per_head)
+    strides = (*broadcast_strides(first)[:2], heads_per_head)
     bits_suffice = problem.mask is not None and problem.mask[2] != 1 and problem.mask[3] > 1
     ruled = problem.causal or problem.window != (None, None) or problem.intervals is not None
     binding = tl.constexpr(ruled or not bits_suffice)
-    return Ranges(first, last, *strides, extrema, *_broadcast_strides(extrema)[:2], binding)
+    return Ranges(first, last, *strides, extrema, *broadcast_strides(extrema)[:2], binding)
 
 
 def list_tiles(
@@ -199,11 +199,3 @@ def list_tiles(
 def _broadcast(sizes: list[tuple[int, ...]]) -> list[int]:
     """Sizes to which all of `sizes` broadcast: 1 gives way, to 0 too."""
     return [min(column) if 0 in column else max(column) for column in zip(*sizes, strict=True)]
-
-
-def _broadcast_strides(tensor: Tensor) -> list[Any]:
-    """Strides with 0 for dims of size 1."""
-    return [
-        0 if size == 1 else stride
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    ]

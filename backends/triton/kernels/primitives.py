@@ -70,15 +70,14 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(
-    x, b, h, start, limit, value, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Write the rows below `limit` and the columns below D of a [ROWS, BLOCK_D] tile."""
-    keep = (start + tl.arange(0, ROWS) < limit)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+def store_rows(x, b, h, rows, exists, value, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write a [rows, BLOCK_D] tile to x[b, rows, h, :D], those rows that exist."""
+    columns = tl.arange(0, BLOCK_D).to(tl.int64)
+    base = x.pointer + tl.cast(b, tl.int64) * x.batch + tl.cast(h, tl.int64) * x.head
     tl.store(
-        tile_pointers(x, b, h, start, ROWS, BLOCK_D),
+        base + (rows.to(tl.int64)[:, None] * x.row + columns[None, :] * x.column),
         value.to(x.pointer.dtype.element_ty),
-        mask=keep,
+        mask=exists[:, None] & (columns < D)[None, :],
     )
 
 

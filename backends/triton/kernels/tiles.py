@@ -223,6 +223,16 @@ def _missing_bits(word, seqlen_k):
     return (~present)[None, :]
 
 
+@triton.jit
+def store_extrema(extrema, block, first, last):
+    """Least and greatest first and last row of a block of keys, for `classify`."""
+    entry = extrema + block * 4
+    tl.store(entry, tl.min(first, axis=0))
+    tl.store(entry + 1, tl.max(first, axis=0))
+    tl.store(entry + 2, tl.min(last, axis=0))
+    tl.store(entry + 3, tl.max(last, axis=0))
+
+
 @triton.jit(do_not_specialize=[*Bounds._fields, "heads", "heads_per_list"])
 def key_ranges_kernel(
     first_row,
@@ -276,11 +286,7 @@ def key_ranges_kernel(
     at = (tl.cast(plane, tl.int64) * blocks + block) * SUB + tl.arange(0, SUB)
     tl.store(first_row + at, first)
     tl.store(last_row + at, last)
-    entry = extrema + (tl.cast(plane, tl.int64) * blocks + block) * 4
-    tl.store(entry, tl.min(first, axis=0))
-    tl.store(entry + 1, tl.max(first, axis=0))
-    tl.store(entry + 2, tl.min(last, axis=0))
-    tl.store(entry + 3, tl.max(last, axis=0))
+    store_extrema(extrema, tl.cast(plane, tl.int64) * blocks + block, first, last)
 
 
 @triton.jit(do_not_specialize=[*Bounds._fields, "heads", "heads_per_list"])
