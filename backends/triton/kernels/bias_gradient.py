@@ -155,7 +155,7 @@ def bias_gradient(
         problem.heads_q,
         problem.group,
         heads,
-        problem.batch // batch,
+        problem.batch // batch if batch else 0,
         D=problem.head_dim,
         BLOCK_D=arguments.block_d(problem),
         SUB=terms.block,

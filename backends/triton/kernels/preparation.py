@@ -90,9 +90,10 @@ def _pack_mask(problem: AttentionProblem, mask: Tensor, block: int) -> PackedMas
     n_columns = triton.cdiv(n_words * 32, block)
     classes = mask.new_empty((batch, heads, n_rows // block, n_columns), dtype=torch.int8)
     grid = (batch * heads * (n_rows // block) * triton.cdiv(n_words * 32, PACK_CHUNK),)
+    pieces, keys_a_piece = _pieces(mask)
     tiles.pack_mask_kernel[grid](
-        mask.view(torch.int8),
-        *mask.stride(),
+        pieces,
+        *pieces.stride(),
         words,
         classes,
         rows,
@@ -102,11 +103,20 @@ def _pack_mask(problem: AttentionProblem, mask: Tensor, block: int) -> PackedMas
         heads,
         SUB=block,
         CHUNK=PACK_CHUNK,
+        KEYS=keys_a_piece,
         ONE_KEY=keys == 1,
     )
     strides = [*broadcast_strides(words)[:2], n_words, int(keys > 1)]
     class_strides = [*broadcast_strides(classes)[:2], n_columns, int(keys > 1)]
     return PackedMask(words, *strides, problem.heads_q // heads, classes, *class_strides)
+
+
+def _pieces(mask: Tensor) -> tuple[Tensor, int]:
+    """The mask's bytes in pieces of four keys where its layout allows it, or of one."""
+    dense = mask.stride(3) == 1 and mask.shape[3] % 4 == 0 and mask.storage_offset() % 4 == 0
+    if dense and all(stride % 4 == 0 for stride in mask.stride()[:3]):
+        return mask.view(torch.int32), 4
+    return mask.view(torch.int8), 1
 
 
 def key_ranges(problem: AttentionProblem, tensors: AttentionTensors, block: int) -> Ranges:

@@ -171,9 +171,11 @@ def pack_mask_kernel(
     heads,
     SUB: tl.constexpr,
     CHUNK: tl.constexpr,
+    KEYS: tl.constexpr,
     ONE_KEY: tl.constexpr,
 ):
-    """Bits and block classes of one [SUB, CHUNK] piece of a boolean mask.
+    """Bits and block classes of one [SUB, CHUNK] piece of a boolean mask, read KEYS (1 or 4) bytes
+    at a time; strides count such pieces.
 
     Grid batch * heads * row blocks * chunks, over rows padded to n_rows and keys to 32 * n_words:
     bits of what does not exist are 0. With ONE_KEY the mask has one column, which stands for every
@@ -187,14 +189,15 @@ def pack_mask_kernel(
     b = plane // heads
     h = plane % heads
     rows = row_block * SUB + tl.arange(0, SUB)
-    keys = chunk * CHUNK + tl.arange(0, CHUNK)
-    exists = (rows < seqlen_q)[:, None] & (keys < seqlen_k)[None, :]
+    piece = chunk * (CHUNK // KEYS) + tl.arange(0, CHUNK // KEYS)
+    exists = (rows < seqlen_q)[:, None] & (piece * KEYS < seqlen_k)[None, :]
     base = source + tl.cast(b, tl.int64) * source_batch + tl.cast(h, tl.int64) * source_head
-    at = rows.to(tl.int64)[:, None] * source_row + keys.to(tl.int64)[None, :] * source_key
-    value = tl.load(base + at, mask=exists, other=0) != 0
-
-    bits = tl.reshape(value.to(tl.int32), [SUB, CHUNK // 32, 32]) << tl.arange(0, 32)[None, None, :]
-    packed = tl.sum(bits, axis=2)
+    at = rows.to(tl.int64)[:, None] * source_row + piece.to(tl.int64)[None, :] * source_key
+    value = tl.load(base + at, mask=exists, other=0)
+    if KEYS == 4:  # the product moves the low bit of byte i to bit 28 + i
+        value = (value * 0x10204080) >> 28 & 15
+    bits = tl.reshape(value.to(tl.int32), [SUB, CHUNK // 32, 32 // KEYS])
+    packed = tl.sum(bits << (tl.arange(0, 32 // KEYS) * KEYS)[None, None, :], axis=2)
     if ONE_KEY:
         packed = -packed
     plane = plane.to(tl.int64)
