@@ -51,8 +51,13 @@ class Tile:
 
 def tile(kernel: str, problem: AttentionProblem) -> Tile:
     """The tile of a kernel for a problem."""
-    bare = problem.terms() <= {"causal", "window", "sinks"}
-    return _lookup(kernel, problem.arch or 0, problem.dtype.itemsize, problem.head_dim, bare)
+    unfit = set()
+    if not problem.terms() <= {"causal", "window", "sinks"}:
+        unfit.add("bare")
+    if problem.bias is not None and 1 not in problem.bias[2:] and problem.bias_dtype.itemsize == 4:
+        unfit.add("light")
+    key = (problem.arch or 0, problem.dtype.itemsize, problem.head_dim, frozenset(unfit))
+    return _lookup(kernel, *key)
 
 
 def mask_block(problem: AttentionProblem) -> int:
@@ -64,7 +69,7 @@ def mask_block(problem: AttentionProblem) -> int:
 
 
 @functools.cache
-def _lookup(kernel: str, arch: int, itemsize: int, head_dim: int, bare: bool) -> Tile:
+def _lookup(kernel: str, arch: int, itemsize: int, head_dim: int, unfit: frozenset[str]) -> Tile:
     rows = TABLE[kernel]
     family = max(number for row in rows for number in row["arch"] if number <= arch)
     row = next(
@@ -73,6 +78,6 @@ def _lookup(kernel: str, arch: int, itemsize: int, head_dim: int, bare: bool) ->
         if family in row["arch"]
         and row["bytes"] == itemsize
         and head_dim <= row["dim"]
-        and (bare or not row.get("bare", False))
+        and not any(row.get(kind, False) for kind in unfit)
     )
     return Tile(row["m"], row["n"], row["warps"], row["stages"], row["tma"])
