@@ -21,7 +21,7 @@ from flash_sparse_attn.tensors import AttentionTensors
 from . import arguments, bias_gradient, compaction, preparation, tuning
 from .arguments import Bounds, Order, RowTerms, Terms
 from .primitives import LOG2E, load_tile, scores, store_rows, visible
-from .tiles import key_tile_span, query_tile_span
+from .tiles import key_tiles, nth_key_tile, query_tile_span, tile_list
 
 
 @triton.jit(do_not_specialize=["seqlen_q", "padded", "heads_q"])
@@ -139,14 +139,7 @@ def key_gradients_kernel(
         if dbias is not None:
             dbias_acc = tl.zeros([BLOCK_N], tl.float32)
         if lists is not None:
-            listed = (
-                tl.cast(b, tl.int64) * lists.batch
-                + tl.cast(h // lists.heads_per_head, tl.int64) * lists.head
-                + tile_k
-            )
-            index = lists.index + listed * tiles_q
-            n_full = tl.load(lists.counts + listed * 2)
-            n_partial = tl.load(lists.counts + listed * 2 + 1)
+            index, n_full, n_partial = tile_list(lists, b, h, tile_k, tiles_q)
         # Full tiles last: with another loop behind theirs, ptxas serialises its matrix products.
         for PARTIAL in tl.static_range(1, -1, -1):
             for t in range(n_partial if PARTIAL else n_full):
@@ -230,7 +223,6 @@ def query_gradient_kernel(
     """dq; grid query tiles * batch * heads, in the order of the forward."""
     bounds = Bounds(seqlen_q, seqlen_k, left, right, left_sinks, right_sinks)
     tiles_q = tl.cdiv(bounds.seqlen_q, BLOCK_M)
-    tiles_k = tl.cdiv(bounds.seqlen_k, BLOCK_N)
     h = tl.program_id(0) % heads_q
     tile_q = tiles_q - 1 - tl.program_id(0) // heads_q % tiles_q
     b = tl.program_id(0) // (heads_q * tiles_q)
@@ -239,19 +231,7 @@ def query_gradient_kernel(
     RAW: tl.constexpr = score.inner is None and bias is None
     unit = score.outer * LOG2E if RAW else LOG2E
 
-    if lists is None:
-        sinks, low, full_low, full_high, high = key_tile_span(bounds, start_q, BLOCK_M, BLOCK_N)
-        n_full = full_high - full_low
-        n_partial = sinks + (full_low - low) + (high - full_high)
-    else:
-        listed = (
-            tl.cast(b, tl.int64) * lists.batch
-            + tl.cast(h // lists.heads_per_head, tl.int64) * lists.head
-            + tile_q
-        )
-        index = lists.index + listed * tiles_k
-        n_full = tl.load(lists.counts + listed * 2)
-        n_partial = tl.load(lists.counts + listed * 2 + 1)
+    tiles, n_full, n_partial = key_tiles(bounds, lists, b, h, tile_q, BLOCK_M, BLOCK_N)
 
     q_tile = load_tile(q, b, h, start_q, bounds.seqlen_q, BLOCK_M, D, BLOCK_D, True)
     do_tile = load_tile(do, b, h, start_q, bounds.seqlen_q, BLOCK_M, D, BLOCK_D, True)
@@ -261,14 +241,7 @@ def query_gradient_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for PARTIAL in tl.static_range(2):
         for t in range(n_partial if PARTIAL else n_full):
-            if lists is not None:
-                tile_k = tl.load(index + (tiles_k - 1 - t if PARTIAL else t))
-            elif PARTIAL:
-                tile_k = tl.where(t < sinks, t, low + t - sinks)
-                tile_k = tl.where(tile_k < full_low, tile_k, tile_k + (full_high - full_low))
-            else:
-                tile_k = full_low + t
-            start_k = tile_k * BLOCK_N
+            start_k = nth_key_tile(tiles, lists, t, PARTIAL) * BLOCK_N
             j = start_k + tl.arange(0, BLOCK_N)
             k_tile = load_tile(
                 k, b, h // group, start_k, bounds.seqlen_k, BLOCK_N, D, BLOCK_D, PARTIAL

@@ -16,7 +16,7 @@ from flash_sparse_attn.tensors import AttentionTensors
 from . import arguments, compaction, preparation, tuning
 from .arguments import Bounds
 from .primitives import LN2, LOG2E, load_tile, scores, store_rows, visible
-from .tiles import key_tile_span
+from .tiles import key_tiles, nth_key_tile
 
 
 @triton.jit(do_not_specialize=[*Bounds._fields, "heads_q", "group"])
@@ -51,7 +51,6 @@ def forward_kernel(
     """
     bounds = Bounds(seqlen_q, seqlen_k, left, right, left_sinks, right_sinks)
     tiles_q = tl.cdiv(bounds.seqlen_q, BLOCK_M)
-    tiles_k = tl.cdiv(bounds.seqlen_k, BLOCK_N)
     h = tl.program_id(0) % heads_q
     tile_q = tiles_q - 1 - tl.program_id(0) // heads_q % tiles_q
     b = tl.program_id(0) // (heads_q * tiles_q)
@@ -61,19 +60,7 @@ def forward_kernel(
     RAW: tl.constexpr = score.inner is None and bias is None and score.positive
     unit = score.outer * LOG2E if RAW else LOG2E
 
-    if lists is None:
-        sinks, low, full_low, full_high, high = key_tile_span(bounds, start_q, BLOCK_M, BLOCK_N)
-        n_full = full_high - full_low
-        n_partial = sinks + (full_low - low) + (high - full_high)
-    else:
-        listed = (
-            tl.cast(b, tl.int64) * lists.batch
-            + tl.cast(h // lists.heads_per_head, tl.int64) * lists.head
-            + tile_q
-        )
-        index = lists.index + listed * tiles_k
-        n_full = tl.load(lists.counts + listed * 2)
-        n_partial = tl.load(lists.counts + listed * 2 + 1)
+    tiles, n_full, n_partial = key_tiles(bounds, lists, b, h, tile_q, BLOCK_M, BLOCK_N)
 
     q_tile = load_tile(q, b, h, start_q, bounds.seqlen_q, BLOCK_M, D, BLOCK_D, True)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -81,14 +68,7 @@ def forward_kernel(
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for PARTIAL in tl.static_range(2):
         for t in range(n_partial if PARTIAL else n_full):
-            if lists is not None:
-                tile_k = tl.load(index + (tiles_k - 1 - t if PARTIAL else t))
-            elif PARTIAL:
-                tile_k = tl.where(t < sinks, t, low + t - sinks)
-                tile_k = tl.where(tile_k < full_low, tile_k, tile_k + (full_high - full_low))
-            else:
-                tile_k = full_low + t
-            start_k = tile_k * BLOCK_N
+            start_k = nth_key_tile(tiles, lists, t, PARTIAL) * BLOCK_N
             j = start_k + tl.arange(0, BLOCK_N)
             k_tile = load_tile(
                 k, b, h // group, start_k, bounds.seqlen_k, BLOCK_N, D, BLOCK_D, PARTIAL

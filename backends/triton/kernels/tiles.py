@@ -91,6 +91,51 @@ def query_tile_span(bounds, start_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
 
 
 @triton.jit
+def key_tiles(bounds, lists, b, h, tile_q, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(tiles, full, partial): the key tiles that a query tile visits, for `nth_key_tile`, and how
+    many there are of each class.
+    """
+    if lists is None:
+        tiles = key_tile_span(bounds, tile_q * BLOCK_M, BLOCK_M, BLOCK_N)
+        sinks, low, full_low, full_high, high = tiles
+        n_full = full_high - full_low
+        n_partial = sinks + (full_low - low) + (high - full_high)
+    else:
+        n_tiles = tl.cdiv(bounds.seqlen_k, BLOCK_N)
+        index, n_full, n_partial = tile_list(lists, b, h, tile_q, n_tiles)
+        tiles = (index, n_tiles)
+    return tiles, n_full, n_partial
+
+
+@triton.jit
+def nth_key_tile(tiles, lists, t, PARTIAL: tl.constexpr):
+    """Number of the t-th full or partial tile among `key_tiles`."""
+    if lists is not None:
+        index, n_tiles = tiles
+        tile_k = tl.load(index + (n_tiles - 1 - t if PARTIAL else t))
+    else:
+        sinks, low, full_low, full_high, _high = tiles
+        if PARTIAL:
+            tile_k = tl.where(t < sinks, t, low + t - sinks)
+            tile_k = tl.where(tile_k < full_low, tile_k, tile_k + (full_high - full_low))
+        else:
+            tile_k = full_low + t
+    return tile_k
+
+
+@triton.jit
+def tile_list(lists, b, h, own, n_other):
+    """(index, full, partial): a tile row's list and how many tiles of each class it holds."""
+    listed = (
+        tl.cast(b, tl.int64) * lists.batch
+        + tl.cast(h // lists.heads_per_head, tl.int64) * lists.head
+        + own
+    )
+    counts = lists.counts + listed * 2
+    return lists.index + listed * n_other, tl.load(counts), tl.load(counts + 1)
+
+
+@triton.jit
 def classify(
     tile_q,
     tile_k,
