@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import cases, results
+from . import calls, cases, results
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,21 +24,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     """Run a suite; 1 if a backend of ours failed or was wrong, whatever the peers did."""
-    from . import runner
+    from . import runner, scores
 
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: got 'cuda', but torch sees no CUDA device")
     if arguments.graph and device.type != "cuda":
         raise ValueError("--graph: CUDA graphs need --device cuda")
+    suite = cases.load(arguments.suite, arguments.command)
     settings = runner.Settings(
         command=arguments.command,
-        seconds=arguments.seconds,
+        seconds=suite.seconds if arguments.seconds is None else arguments.seconds,
         graph=arguments.graph,
         only=arguments.only,
         contenders=arguments.peers,
+        scores=scores.load(arguments.scores) if arguments.scores else None,
     )
-    suite = cases.load(arguments.suite, arguments.command)
     result = runner.run(suite, settings, device, arguments.out, arguments.commit)
     bad = (results.WRONG, results.FAILED)
     rows = [row for record in result["cases"] for row in record["rows"]]
@@ -65,32 +66,37 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _plot(arguments: argparse.Namespace) -> int:
-    """Draw each result beside itself, or into `--to`."""
+    """Draw each result beside itself, or into `--to`; prints the files."""
     from . import plot
 
     for file in arguments.files:
         folder = arguments.to or file.parent
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / f"{file.stem}.png"
-        plot.draw(results.load(file), target)
-        print(target)
+        for written in plot.draw(results.load(file), target):
+            print(written)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in cases.COMMANDS:
-        command = commands.add_parser(name, help=f"time a suite's {name}")
+    for name, suite in cases.DEFAULT_SUITES.items():
+        command = commands.add_parser(name, help=f"time {', '.join(calls.QUANTITIES[name])}")
         command.set_defaults(action=_run)
-        command.add_argument("--suite", default="dense", choices=cases.names())
+        command.add_argument("--suite", default=suite, choices=cases.names(name))
         command.add_argument("--only", default="", metavar="REGEX", help="cases whose name matches")
         command.add_argument("--peers", default="", metavar="REGEX", help="contenders that match")
         command.add_argument("--out", type=Path, default=results.FOLDER, metavar="DIR")
         command.add_argument(
-            "--seconds", type=float, default=1.0, help="for each contender and quantity"
+            "--seconds", type=float, help="for each contender and quantity; default: the suite's"
         )
         command.add_argument("--graph", action="store_true", help="time CUDA-graph replays")
+        command.set_defaults(scores=None)
+        if "selection" in calls.QUANTITIES[name]:
+            command.add_argument(
+                "--scores", type=Path, metavar="FILE", help="key scores, of a model say (.npy, .pt)"
+            )
         command.add_argument("--commit", help="of a tree without its history")
         default = "cuda" if torch.cuda.is_available() else "cpu"
         command.add_argument("--device", default=default, choices=("cpu", "cuda"))

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-COMMANDS = ("forward", "backward")
-"""What a case can be run for, unless its `commands` says less."""
+DEFAULT_SUITES = {"forward": "dense", "backward": "dense", "dynamic": "linear"}
+"""Command -> the suite that it runs unless told otherwise."""
+
+COMMANDS = tuple(DEFAULT_SUITES)
+USUAL_COMMANDS = ("forward", "backward")
+"""What a case is run for, unless its `commands` says otherwise."""
 
 MASKS = (None, "keys", "topk", "random")
 BIASES = (None, "key", "pair")
@@ -27,10 +33,13 @@ class Case:
             "topk": the `window_size` best keys a row can see (M5); "random": `[1, 1, S, S]`, each
             pair visible with probability `density`. Keys are chosen by the key bias, or by random
             scores where there is none.
+        per_head: of "keys" and "topk", as in a layer of dynamic mask attention: every key-value
+            head chooses by float32 scores of its own, `[1, Hkv, S]`, and a key bias is the scores.
         mask_form: "dense", a bool tensor; or, of "topk", "intervals" (V4) for those who take them.
         window_size: w of "keys" and "topk".
         density: of "random".
-        bias: None; "key": `[1, 1, 1, S]`; "pair": `[1, 1, S, S]` (S4), in `dtype`.
+        bias: None; "key": `[1, 1, 1, S]`; "pair": `[1, 1, S, S]` (S4), in `dtype` if shared by
+            all heads.
         bias_grad: whether the backward computes the gradient of the bias.
         sweep: the field that varies along a line of a plot, if any.
         seed: of the random inputs.
@@ -47,6 +56,7 @@ class Case:
     dtype: str = "bfloat16"
     causal: bool = False
     mask: str | None = None
+    per_head: bool = False
     mask_form: str = "dense"
     window_size: int | None = None
     density: float | None = None
@@ -65,6 +75,8 @@ class Case:
             raise ValueError(f"mask_form 'intervals': got mask {self.mask!r}, expected 'topk'")
         if (self.window_size is not None) != (self.mask in ("keys", "topk")):
             raise ValueError(f"window_size: got {self.window_size} with mask {self.mask!r}")
+        if self.per_head and (self.mask not in ("keys", "topk") or self.bias == "pair"):
+            raise ValueError(f"per_head: got mask {self.mask!r} with bias {self.bias!r}")
         if (self.density is not None) != (self.mask == "random"):
             raise ValueError(f"density: got {self.density} with mask {self.mask!r}")
         if self.mask == "topk" and not self.causal:
@@ -83,6 +95,8 @@ class Case:
             words.append(f"mask=random({self.density:g})")
         elif self.mask:
             words.append(f"mask={self.mask}({self.window_size})")
+        if self.per_head:
+            words.append("per-head")
         if self.mask_form == "intervals":
             words.append("as-intervals")
         if self.bias:
@@ -96,23 +110,65 @@ class Case:
         """Inputs whose gradients the backward computes."""
         return ("q", "k", "v", "bias") if self.bias_grad else ("q", "k", "v")
 
+    @property
+    def selects(self) -> bool:
+        """Whether an `IntervalMask` is built from scores, which is then timed too."""
+        return self.mask_form == "intervals"
+
     def asdict(self) -> dict[str, Any]:
         """The fields, as they are written to a result."""
         return asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """Contenders that a suite leaves out of its longer cases, and why.
+
+    Attributes:
+        peers: regular expression over names of contenders, matched anywhere as `--peers` is.
+        cases: likewise over names of cases.
+        seqlen: longest S of those cases that those contenders take part in; 0 = none.
+        reason: why, for the row.
+    """
+
+    peers: str
+    cases: str
+    seqlen: int
+    reason: str
+
+
 @dataclass(frozen=True)
 class Suite:
-    """Cases under one name, with a line that says what they have in common."""
+    """Cases under one name.
+
+    Attributes:
+        name: as `--suite` takes it.
+        about: a line that says what the cases have in common.
+        cases: in the order in which they run.
+        limits: who is left out of what.
+        seconds: default of `--seconds`.
+    """
 
     name: str
     about: str
     cases: tuple[Case, ...]
+    limits: tuple[Limit, ...] = ()
+    seconds: float = 1.0
+
+    def left_out(self, contender: str, case: Case) -> str | None:
+        """Why the suite does not run a contender on a case; None = it does."""
+        for limit in self.limits:
+            named = re.search(limit.peers, contender) and re.search(limit.cases, case.name)
+            if named and case.seqlen > limit.seqlen:
+                where = f" above S {limit.seqlen}" if limit.seqlen else ""
+                return f"left out by the suite{where}: {limit.reason}"
+        return None
 
 
-def names() -> tuple[str, ...]:
-    """Names of all suites."""
-    return tuple(_read())
+def names(command: str | None = None) -> tuple[str, ...]:
+    """Names of the suites that have a case for a command; of all for None."""
+    suites = _read()
+    return tuple(name for name in suites if command is None or any(_rows(suites[name], command)))
 
 
 def load(name: str, command: str) -> Suite:
@@ -123,18 +179,23 @@ def load(name: str, command: str) -> Suite:
     """
     suites = _read()
     if name not in suites:
-        raise ValueError(f"suite: got {name!r}, expected one of {sorted(suites)}")
+        raise ValueError(f"suite: got {name!r}, expected one of {sorted(names(command))}")
     table = suites[name]
-    cases: list[Case] = []
-    for row in table["case"]:
-        fields = table["common"] | row
-        if command in fields.pop("commands", COMMANDS):
-            cases += _expand(fields)
+    cases = [case for fields in _rows(table, command) for case in _expand(fields)]
     repeated = {case.name for case in cases if sum(case.name == c.name for c in cases) > 1}
     swept = {case.name for case in cases if case.sweep}
     if repeated - swept:
         raise ValueError(f"suite {name!r}: cases given twice: {sorted(repeated - swept)}")
-    return Suite(name, table["about"], tuple(cases))
+    limits = tuple(Limit(**fields) for fields in table.get("limit", ()))
+    return Suite(name, table["about"], tuple(cases), limits, table.get("seconds", Suite.seconds))
+
+
+def _rows(table: dict[str, Any], command: str) -> Iterator[dict[str, Any]]:
+    """Fields of a suite's cases that `command` runs; a sweep is still one."""
+    for row in table["case"]:
+        fields = table["common"] | row
+        if command in fields.pop("commands", USUAL_COMMANDS):
+            yield fields
 
 
 def _expand(fields: dict[str, Any]) -> list[Case]:

@@ -2,7 +2,7 @@
 
 The reference takes O(S²) memory, so it computes a few rows only. `do` is 0 outside these rows;
 then dk, dv and the bias's gradient come from them alone and are compared in full, and dq must be 0
-elsewhere.
+elsewhere. A selection of keys costs the reference little and is compared in full.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flash_sparse_attn import reference
+from flash_sparse_attn import IntervalMask, reference
 
 from .cases import Case
 from .inputs import Inputs
@@ -30,11 +30,13 @@ class Expected:
         rows: int64 `[n]`, rows that see at least one key.
         do: `[B, S, Hq, D]`, 0 outside `rows`.
         values: "o" and each of the case's leaves -> tensor; those with a row dim hold `rows` only.
+        selection: `(start, end)` of every key, for a case that selects.
     """
 
     rows: Tensor
     do: Tensor
     values: dict[str, Tensor]
+    selection: tuple[Tensor, Tensor] | None
 
 
 def expect(case: Case, inputs: Inputs, backward: bool) -> Expected:
@@ -54,7 +56,10 @@ def expect(case: Case, inputs: Inputs, backward: bool) -> Expected:
             upstream = inputs.do[:, rows].to(wide)
             gradients = reference.attention_backward(upstream, None, *arguments, **terms)
             values |= {name: gradients[name] for name in case.leaves}
-    return Expected(rows, do, values)
+        selection = None
+        if case.selects:
+            selection = reference.topk_intervals(inputs.scores, case.seqlen, case.window_size)
+    return Expected(rows, do, values, selection)
 
 
 def errors(expected: Expected, got: dict[str, Tensor]) -> dict[str, float]:
@@ -69,16 +74,28 @@ def errors(expected: Expected, got: dict[str, Tensor]) -> dict[str, float]:
     }
 
 
+def selection_error(expected: Expected, mask: IntervalMask) -> float:
+    """Share of the keys whose rows are others than the reference's."""
+    start, end = expected.selection
+    hidden = (mask.end <= mask.start) & (end <= start)
+    same = (mask.start == start) & (mask.end == end)
+    return float((~(hidden | same)).double().mean())
+
+
 def wrong(case: Case, found: dict[str, float]) -> str | None:
     """Why results with these errors must not be timed, if there is a reason."""
-    bound = TOLERANCE[case.dtype]
-    bad = [f"{_title(n)} is off by {e:.2g}" for n, e in found.items() if not e <= bound]
-    return f"{', '.join(bad)} (relative, bound {bound:g})" if bad else None
+    bounds = {name: 0.0 if name == "selection" else TOLERANCE[case.dtype] for name in found}
+    bad = [
+        f"{_title(name)} is off by {error:.2g} (bound {bounds[name]:g})"
+        for name, error in found.items()
+        if not error <= bounds[name]
+    ]
+    return f"relative: {', '.join(bad)}" if bad else None
 
 
 def _rows(visible: Tensor) -> Tensor:
-    """First, last, and evenly spread rows that see a key."""
-    seeing = visible.nonzero()[:, 0]
+    """First, last, and evenly spread rows that see a key in every head."""
+    seeing = (visible > 0).all(0).nonzero()[:, 0]
     if not len(seeing):
         raise ValueError("the case has no row that sees a key")
     return seeing[torch.linspace(0, len(seeing) - 1, ROWS, device=seeing.device).long()].unique()
@@ -98,4 +115,5 @@ def _error(name: str, got: Tensor, want: Tensor, rows: Tensor) -> float:
 
 
 def _title(name: str) -> str:
-    return {"o": "o", "bias": "db"}.get(name, f"d{name}")
+    titles = {"o": "o", "bias": "db", "selection": "the selection"}
+    return titles.get(name, f"d{name}")

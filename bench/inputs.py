@@ -26,10 +26,11 @@ class Inputs:
     Attributes:
         q, k, v, do: `[B, S, Hq, D]`, `[B, S, Hkv, D]` twice, `[B, S, Hq, D]`.
         causal: V1, on top of the mask.
-        mask: bool `[1, 1, {S,1}, S]`, None if there is none or it is given as intervals.
+        mask: bool `[1, {Hkv,1}, {S,1}, S]`, None if there is none or it is given as intervals.
         intervals: the mask as V4, for the form "intervals".
-        bias: `[1, 1, {S,1}, S]`.
-        visible: int64 `[S]`, number of keys that each row sees; the same for all batches and heads.
+        scores: `[1, {Hkv,1}, S]`, what "keys" and "topk" choose by.
+        bias: `[1, {Hkv,1}, {S,1}, S]`.
+        visible: int64 `[{Hkv,1}, S]`, number of keys that each row sees.
     """
 
     q: Tensor
@@ -39,36 +40,68 @@ class Inputs:
     causal: bool
     mask: Tensor | None
     intervals: IntervalMask | None
+    scores: Tensor | None
     bias: Tensor | None
     visible: Tensor
 
     @property
     def pairs(self) -> int:
         """Visible pairs over all batches and query heads."""
-        return int(self.visible.sum()) * self.q.shape[0] * self.q.shape[2]
+        heads = self.q.shape[2] // self.visible.shape[0]
+        return int(self.visible.sum()) * self.q.shape[0] * heads
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what an attention call is given, do included."""
+        given = [self.q, self.k, self.v, self.do, self.mask, self.bias]
+        if self.intervals is not None:
+            given += [self.intervals.start, self.intervals.end]
+        return sum(x.nbytes for x in given if x is not None)
+
+    def nbytes_of_results(self, names: tuple[str, ...]) -> int:
+        """Bytes of o and of the gradients of the named inputs."""
+        return self.do.nbytes + sum(x.nbytes for x in self.leaves(names))
 
     def leaves(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
         """The named inputs, for `torch.autograd.grad`."""
         return tuple(getattr(self, name) for name in names)
 
     def visibility(self, rows: Tensor) -> Tensor:
-        """Bool `[1, 1, rows, S]`: the V rules of the case for the given rows."""
+        """Bool `[1, {Hkv,1}, rows, S]`: the V rules of the case for the given rows."""
         return visibility(rows, self.q.shape[1], self.causal, self.mask, self.intervals)
 
 
-def build(case: Case, device: torch.device, requires_grad: bool) -> Inputs:
-    """Random inputs of a case; `requires_grad` for those in `case.leaves`."""
+def build(
+    case: Case, device: torch.device, requires_grad: bool, scores: Tensor | None = None
+) -> Inputs:
+    """Random inputs of a case; `requires_grad` for those in `case.leaves`.
+
+    Args:
+        case: the case.
+        device: where they are made.
+        requires_grad: whether gradients are wanted.
+        scores: float32 `[1, Hkv, S]` for a case that is `per_head`; None = normal ones.
+    """
     generator = torch.Generator(device).manual_seed(case.seed)
     dtype = getattr(torch, case.dtype)
 
-    def normal(*shape: int, name: str = "") -> Tensor:
+    def normal(*shape: int, name: str = "", dtype: torch.dtype = dtype) -> Tensor:
         tensor = torch.randn(shape, generator=generator, device=device, dtype=dtype)
         return tensor.requires_grad_(requires_grad and name in case.leaves)
 
     batch, length, dim = case.batch, case.seqlen, case.head_dim
-    bias_rows = {"key": 1, "pair": length}
-    bias = normal(1, 1, bias_rows[case.bias], length, name="bias") if case.bias else None
-    scores = bias.detach() if case.bias == "key" else normal(1, 1, 1, length)
+    bias = None
+    if case.per_head:
+        if scores is None:
+            scores = normal(1, case.heads_kv, length, dtype=torch.float32)
+        scores = scores.to(device)
+        if case.bias:
+            bias = scores.unsqueeze(2).requires_grad_(requires_grad and "bias" in case.leaves)
+    else:
+        if case.bias:
+            rows = {"key": 1, "pair": length}[case.bias]
+            bias = normal(1, 1, rows, length, name="bias")
+        scores = bias.detach()[:, :, 0] if case.bias == "key" else normal(1, 1, length)
     mask, intervals = _mask(case, scores, generator)
     return Inputs(
         q=normal(batch, length, case.heads_q, dim, name="q"),
@@ -78,15 +111,16 @@ def build(case: Case, device: torch.device, requires_grad: bool) -> Inputs:
         causal=case.causal,
         mask=mask,
         intervals=intervals,
+        scores=scores if case.mask in ("keys", "topk") else None,
         bias=bias,
-        visible=_visible(length, case.causal, mask, intervals, device),
+        visible=_visible(case, mask, device),
     )
 
 
 def visibility(
     rows: Tensor, length: int, causal: bool, mask: Tensor | None, intervals: IntervalMask | None
 ) -> Tensor:
-    """Bool `[1, 1, rows, length]` (V1, V3, V4), for Sq = Sk = `length`."""
+    """Bool `[1, {Hkv,1}, rows, length]` (V1, V3, V4), for Sq = Sk = `length`."""
     i, j = rows[:, None], torch.arange(length, device=rows.device)
     seen = (j <= i) if causal else rows.new_ones((len(rows), length), dtype=torch.bool)
     seen = seen[None, None]
@@ -101,28 +135,29 @@ def flops(case: Case, pairs: int) -> dict[str, float]:
     """Floating-point operations on visible pairs, by quantity timed.
 
     Forward: two products, 2 D operations each a pair. Causal counts exactly the visible pairs,
-    S (S + 1) / 2 a head. Backward: 2.5 times the forward.
+    S (S + 1) / 2 a head. Backward: 2.5 times the forward. A selection has none.
     """
     forward = 4.0 * case.head_dim * pairs
     return {
         "forward": forward,
         "backward": BACKWARD_FACTOR * forward,
         "forward+backward": (1 + BACKWARD_FACTOR) * forward,
+        "end to end": (1 + BACKWARD_FACTOR) * forward,
     }
 
 
 def _mask(
     case: Case, scores: Tensor, generator: torch.Generator
 ) -> tuple[Tensor | None, IntervalMask | None]:
-    """`(mask, intervals)` of a case; `scores` `[1, 1, 1, S]`."""
+    """`(mask, intervals)` of a case; `scores` `[1, {Hkv,1}, S]`."""
     length, width = case.seqlen, case.window_size
     if case.mask == "keys":
-        return create_mask(scores, length, window_size=width), None
+        return create_mask(scores[:, :, None], length, window_size=width), None
     if case.mask == "random":
         empty = torch.empty((1, 1, length, length), dtype=torch.bool, device=scores.device)
         return empty.bernoulli_(case.density, generator=generator), None
     if case.mask == "topk":
-        intervals = IntervalMask.topk(scores[:, :, 0], width)
+        intervals = IntervalMask.topk(scores, width)
         if case.mask_form == "intervals":
             return None, intervals
         dense = [
@@ -133,13 +168,17 @@ def _mask(
     return None, None
 
 
-def _visible(
-    length: int,
-    causal: bool,
-    mask: Tensor | None,
-    intervals: IntervalMask | None,
-    device: torch.device,
-) -> Tensor:
-    every = torch.arange(length, device=device).split(ROWS_AT_ONCE)
-    counts = [visibility(rows, length, causal, mask, intervals).sum(3)[0, 0] for rows in every]
-    return torch.cat(counts)
+def _visible(case: Case, mask: Tensor | None, device: torch.device) -> Tensor:
+    """`Inputs.visible`, in closed form wherever the mask does not give pairs at random."""
+    length = case.seqlen
+    rows = torch.arange(length, device=device)[None]
+    if case.mask == "random":
+        chunks = rows[0].split(ROWS_AT_ONCE)
+        counts = [visibility(chunk, length, case.causal, mask, None).sum(3) for chunk in chunks]
+        return torch.cat(counts, dim=2)[0]
+    if case.mask == "topk":
+        return (rows + 1).clamp(max=case.window_size)
+    if case.mask == "keys":
+        kept = mask[0, :, 0].long()
+        return kept.cumsum(1) if case.causal else kept.sum(1, keepdim=True).expand(-1, length)
+    return rows + 1 if case.causal else torch.full_like(rows, length)

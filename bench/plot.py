@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import plot_dynamic
 from .report import where
 
 if TYPE_CHECKING:
@@ -16,8 +17,13 @@ PANEL = (7.0, 4.2)
 LABELS = {"seqlen": "sequence length S", "window_size": "keys kept, w"}
 
 
-def draw(result: dict[str, Any], target: Path) -> None:
+def draw(result: dict[str, Any], target: Path) -> list[Path]:
     """Write a PNG: a column a quantity; a row of lines a sweep, a row of bars for cases of none.
+
+    Of the command `dynamic` a PNG for each configuration of heads, see `plot_dynamic`.
+
+    Returns:
+        The files written.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed (extra "bench").
@@ -28,6 +34,9 @@ def draw(result: dict[str, Any], target: Path) -> None:
     matplotlib.use("agg")
     from matplotlib.figure import Figure
 
+    caption = f"{result['suite']}: {result['about']}\n{where(result)}"
+    if result["command"] == "dynamic":
+        return plot_dynamic.draw(result, target, caption)
     quantities = list(
         dict.fromkeys(
             q for record in result["cases"] for row in record["rows"] for q in row["times"]
@@ -51,8 +60,9 @@ def draw(result: dict[str, Any], target: Path) -> None:
                 _lines(axes, records, quantity, sweep)
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize="small")
-    figure.suptitle(f"{result['suite']}: {result['about']}\n{where(result)}", fontsize="small")
+    figure.suptitle(caption, fontsize="small")
     figure.savefig(target, dpi=150)
+    return [target]
 
 
 def _contenders(records: list[dict[str, Any]], quantity: str) -> list[str]:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from . import results
+from . import kernels, results, tables
 from .results import Row
 
 LINE = 160
@@ -52,7 +52,8 @@ def admitted(row: Row) -> str:
     """What became of a contender before timing: its check, or why it does not take part."""
     if row.status != results.OK:
         return refusal(row)
-    words = [f"checked, error {max(row.errors.values()):.1e}"]
+    worst = max(row.errors.values(), default=None)
+    words = ["not checked" if worst is None else f"checked, error {worst:.1e}"]
     words.append(f"first call {row.first_call_ms / 1e3:.2f} s")
     if row.setup_ms is not None:
         words.append(f"setup {row.setup_ms:.3g} ms")
@@ -72,36 +73,31 @@ def timed(row: Row, quantity: str) -> str:
     """A contender's time of one quantity."""
     times = row.times[quantity]
     spread = f"[{times['q1_ms']:.4g}, {times['q3_ms']:.4g}]"
+    rate = "" if times["tflops"] is None else f"{times['tflops']:>8.1f} TFLOP/s"
     return (
         f"  {row.contender:<15}{quantity:<17}{times['median_ms']:>10.4f} ms {spread:<20} "
-        f"n={times['repetitions']:<4}{times['tflops']:>8.1f} TFLOP/s"
+        f"n={times['repetitions']:<4}{rate}"
     )
+
+
+def profiled(row: dict[str, Any], quantity: str) -> str:
+    """Where the device's time of one call goes, a line a kernel."""
+    total = sum(entry["us"] for entry in row["kernels"][quantity].values())
+    lines = [f"  {row['contender']:<15}{quantity:<17}{total:>10.1f} us on the device"]
+    lines += [
+        f"    {entry['us']:>10.1f} us {entry['launches']:>4g} x {kernels.kind(name):<12}{name}"
+        for name, entry in row["kernels"][quantity].items()
+    ]
+    return "\n".join(line[:LINE] for line in lines)
 
 
 def table(result: dict[str, Any]) -> str:
-    """A result in Markdown: cases down, contenders across, "ms (TFLOP/s)".
-
-    Contenders that were timed on no case have no column. Under the table stands why contenders
-    that tried were not timed.
-    """
-    quantities = list(
-        dict.fromkeys(
-            q for record in result["cases"] for row in record["rows"] for q in row["times"]
-        )
-    )
-    parts = [f"**{result['command']}, {result['suite']}.** {result['about']} {where(result)}."]
-    for quantity in quantities:
-        columns = _columns(result, quantity)
-        lines = [f"| {quantity} | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
-        for name, record in {record["name"]: record for record in result["cases"]}.items():
-            cells = {row["contender"]: _cell(row, quantity) for row in record["rows"]}
-            best = _best(record, quantity)
-            shown = [f"**{cells[c]}**" if c == best else cells[c] for c in columns]
-            lines.append(f"| {name} | {' | '.join(shown)} |")
-        parts.append("\n".join(lines))
-    parts.append(
-        "Median milliseconds (TFLOP/s on visible pairs), the fastest in bold; – = not timed."
-    )
+    """A result in Markdown: its tables, and under them why contenders that tried were not timed."""
+    scores = result["settings"].get("scores")
+    words = [f"**{result['command']}, {result['suite']}.** {result['about']}"]
+    words += [f"Key scores of {scores['file']}, {scores['shape']}."] if scores else []
+    parts = [f"{' '.join(words)} {where(result)}."]
+    parts += tables.dynamic(result) if result["command"] == "dynamic" else tables.usual(result)
     tried = [
         f"- {row['contender']}, {record['name']}: {row['status']}: {row['reason']}"
         for record in result["cases"]
@@ -129,23 +125,3 @@ def refresh(text: str, folder: Path = results.FOLDER) -> str:
         return f"{match[1]}\n{tables}\n\n{match[4]}"
 
     return BLOCK.sub(block, text)
-
-
-def _columns(result: dict[str, Any], quantity: str) -> list[str]:
-    rows = [row for record in result["cases"] for row in record["rows"] if quantity in row["times"]]
-    return list(
-        dict.fromkeys(row["contender"] for row in sorted(rows, key=lambda r: not r["ours"]))
-    )
-
-
-def _best(record: dict[str, Any], quantity: str) -> str | None:
-    timed = [row for row in record["rows"] if quantity in row["times"]]
-    fastest = min(timed, key=lambda row: row["times"][quantity]["median_ms"], default=None)
-    return fastest and fastest["contender"]
-
-
-def _cell(row: dict[str, Any], quantity: str) -> str:
-    if quantity not in row["times"]:
-        return "–"
-    times = row["times"][quantity]
-    return f"{times['median_ms']:.3g} ({times['tflops']:.3g})"

@@ -1,9 +1,10 @@
 """Results as plain data: what a file holds, how it is written and read.
 
     {"schema", "command", "suite", "about", "settings", "environment", "readings_after",
-     "cases": [{"name", "case", "pairs", "flops", "rows": [row]}]}
+     "cases": [{"name", "case", "pairs", "flops", "memory": {"inputs", "results"}, "rows": [row]}]}
 
-A row is a contender on a case, whether it could run or not; see `Row`.
+`memory` is bytes: what a call is given, do included, and o with the gradients. A row is a contender
+on a case, whether it could run or not; see `Row`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ class Row:
         memory_setup: bytes of what was built once and stays.
         memory_call: peak bytes of a call (with its backward, if that is measured) above what was
             allocated before it; None off the GPU, as `memory_setup`.
-        times: quantity -> {"median_ms", "q1_ms", "q3_ms", "repetitions", "tflops"}.
+        times: quantity -> {"median_ms", "q1_ms", "q3_ms", "repetitions", "tflops"}; "tflops" is
+            None where there are no products to count.
+        kernels: quantity -> kernel -> {"us", "launches"}: microseconds on the device and launches
+            in one call; empty where nothing was profiled.
     """
 
     contender: str
@@ -56,7 +60,8 @@ class Row:
     setup_ms: float | None = None
     memory_setup: int | None = None
     memory_call: int | None = None
-    times: dict[str, dict[str, float]] = field(default_factory=dict)
+    times: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    kernels: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     def refuse(self, status: str, reason: str) -> None:
         """Say why it is not timed, or no further: what was timed before stays."""
@@ -67,9 +72,9 @@ class Row:
         return asdict(self)
 
 
-def path(out: Path, device_folder: str, command: str, suite: str, graph: bool) -> Path:
-    """Where the result of a run is written."""
-    return out / device_folder / f"{command}-{suite}{'-graph' if graph else ''}.json"
+def path(out: Path, device_folder: str, *words: str) -> Path:
+    """Where the result of a run is written; `words`: command, suite, and what else it is of."""
+    return out / device_folder / f"{'-'.join(words)}.json"
 
 
 def save(result: dict[str, Any], where: Path) -> None:
@@ -81,7 +86,7 @@ def save(result: dict[str, Any], where: Path) -> None:
 
 
 def load(where: Path) -> dict[str, Any]:
-    """Read a result.
+    """Read a result; what its rows were written without has its default.
 
     Raises:
         ValueError: it is of another schema.
@@ -89,4 +94,6 @@ def load(where: Path) -> dict[str, Any]:
     result = json.loads(where.read_text(encoding="utf-8"))
     if result.get("schema") != SCHEMA:
         raise ValueError(f"schema of {where}: got {result.get('schema')}, expected {SCHEMA}")
+    for record in result["cases"]:
+        record["rows"] = [Row(**row).asdict() for row in record["rows"]]
     return result

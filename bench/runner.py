@@ -1,4 +1,7 @@
-"""Runs a suite: every contender on every case, checked, then timed in turns."""
+"""Runs a suite: every contender on every case, checked, then timed in turns.
+
+Kernels are profiled after everything has been timed, since a profiler may stay attached.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import check, environment, peers, report, results, timing
+from flash_sparse_attn import IntervalMask
+
+from . import calls, check, environment, kernels, peers, report, results, timing
+from .calls import QUANTITIES
 from .cases import Case, Suite
 from .inputs import Inputs, build, flops
+from .peers import Peer, Prepared
 from .results import Row
-
-QUANTITIES = {"forward": ("forward",), "backward": ("backward", "forward+backward")}
-"""What each command times. "backward" is the backward alone, through a retained graph."""
+from .scores import Scores
 
 REASON_LENGTH = 600
 
@@ -37,6 +42,7 @@ class Settings:
         graph: time replays of CUDA graphs.
         only: regular expression that a case's name must match somewhere.
         contenders: likewise for names of peers.
+        scores: the file that key scores come from; None = normal ones.
     """
 
     command: str
@@ -44,11 +50,17 @@ class Settings:
     graph: bool = False
     only: str = ""
     contenders: str = ""
+    scores: Scores | None = None
 
     @property
     def backward(self) -> bool:
         """Whether gradients are computed."""
         return "backward" in QUANTITIES[self.command]
+
+    def asdict(self) -> dict[str, Any]:
+        """As a result holds them."""
+        fields = asdict(replace(self, scores=None))
+        return fields | {"scores": self.scores and self.scores.asdict()}
 
 
 def run(
@@ -64,25 +76,20 @@ def run(
         The result, as `results` describes it.
 
     Raises:
-        ValueError: no case matches `settings.only`, or no peer `settings.contenders`.
+        ValueError: no case matches `settings.only`, or no peer `settings.contenders`; or scores are
+            given and no case can take them.
     """
-    cases = [case for case in suite.cases if re.search(settings.only, case.name)]
-    contenders = [p for p in peers.all_peers() if re.search(settings.contenders, p.name)]
-    for what, pattern, found in (
-        ("--only", settings.only, cases),
-        ("--peers", settings.contenders, contenders),
-    ):
-        if not found:
-            raise ValueError(f"{what}: nothing in suite {suite.name!r} matches {pattern!r}")
-    where = results.path(
-        out, environment.folder(device), settings.command, suite.name, settings.graph
-    )
+    cases, contenders = _selected(suite, settings)
+    words = [settings.command, suite.name]
+    words += ["graph"] if settings.graph else []
+    words += ["scores"] if settings.scores else []
+    where = results.path(out, environment.folder(device), *words)
     result: dict[str, Any] = {
         "schema": results.SCHEMA,
         "command": settings.command,
         "suite": suite.name,
         "about": suite.about,
-        "settings": asdict(settings),
+        "settings": settings.asdict(),
         "environment": environment.collect(device, commit),
         "readings_after": {},
         "cases": [],
@@ -92,31 +99,89 @@ def run(
     for case in cases:
         key = replace(case, sweep=None)  # two sweeps may cross in one case
         if key not in done:
-            done[key] = _run_case(case, contenders, settings, device)
+            done[key] = _run_case(case, contenders, suite, settings, device)
         result["cases"].append(done[key] | {"case": case.asdict()})
         result["readings_after"] = environment.readings(device)
         results.save(result, where)
+    if settings.command in calls.PROFILED and device.type == "cuda":
+        for key, record in done.items():
+            _profile(key, record["rows"], contenders, settings, device)
+            results.save(result, where)
     print(f"\n{report.table(result)}\n\nwritten to {where}", flush=True)
     return result
 
 
+def _selected(suite: Suite, settings: Settings) -> tuple[list[Case], list[Peer]]:
+    """The cases and the contenders that take part."""
+    cases = [case for case in suite.cases if re.search(settings.only, case.name)]
+    entered = peers.all_peers()
+    if "selection" in QUANTITIES[settings.command]:
+        entered += peers.selectors()
+    contenders = [peer for peer in entered if re.search(settings.contenders, peer.name)]
+    for what, pattern, found in (
+        ("--only", settings.only, cases),
+        ("--peers", settings.contenders, contenders),
+    ):
+        if not found:
+            raise ValueError(f"{what}: nothing in suite {suite.name!r} matches {pattern!r}")
+    if settings.scores is not None:
+        long = [case.name for case in cases if not settings.scores.serve(case)]
+        cases = [case for case in cases if settings.scores.serve(case)]
+        if not any(case.per_head for case in cases):
+            shape = settings.scores.shape
+            raise ValueError(f"--scores: no case takes any, or shape {shape} is too short for all")
+        if long:
+            print(f"left out, longer than the scores: {', '.join(long)}", flush=True)
+    return cases, contenders
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """A case with its tensors, what the reference says, and how it is run."""
+
+    case: Case
+    inputs: Inputs
+    expected: check.Expected
+    settings: Settings
+
+    @property
+    def device(self) -> torch.device:
+        return self.inputs.q.device
+
+    def results(self, forward: Callable[[], Tensor]) -> dict[str, Tensor]:
+        do, backward = self.expected.do, self.settings.backward
+        return calls.results(forward, self.case, self.inputs, do, backward)
+
+
 def _run_case(
-    case: Case, contenders: list[peers.Peer], settings: Settings, device: torch.device
+    case: Case, contenders: list[Peer], suite: Suite, settings: Settings, device: torch.device
 ) -> dict[str, Any]:
     rows = [Row(peer.name, peer.ours) for peer in contenders]
-    record: dict[str, Any] = {"name": case.name, "case": case.asdict(), "pairs": None, "flops": {}}
+    record: dict[str, Any] = {
+        "name": case.name,
+        "case": case.asdict(),
+        "pairs": None,
+        "flops": {},
+        "memory": {},
+    }
     try:
-        inputs = build(case, device, requires_grad=settings.backward)
-        record |= {"pairs": inputs.pairs, "flops": flops(case, inputs.pairs)}
+        inputs = _build(case, settings, device)
+        of_results = inputs.nbytes_of_results(case.leaves if settings.backward else ())
+        record |= {
+            "pairs": inputs.pairs,
+            "flops": flops(case, inputs.pairs),
+            "memory": {"inputs": inputs.nbytes, "results": of_results},
+        }
         print(report.heading(record), flush=True)
         expected = check.expect(case, inputs, settings.backward)
+        problem = _Problem(case, inputs, expected, settings)
         prepared = {
-            row.contender: (row, forward)
+            row.contender: (row, ready)
             for peer, row in zip(contenders, rows, strict=True)
-            if (forward := _admit(peer, row, case, inputs, expected, settings.backward))
+            if (ready := _admit(peer, row, problem, suite))
         }
         for quantity in QUANTITIES[settings.command]:
-            _race(quantity, prepared, case, inputs, record["flops"][quantity], settings)
+            _race(quantity, prepared, problem, record["flops"].get(quantity))
     except Exception as error:  # no room for the inputs, or a kernel that broke the device
         print(f"{case.name}: {_words(error)}", flush=True)
         for row in rows:
@@ -127,126 +192,113 @@ def _run_case(
     return record
 
 
-def _admit(
-    peer: peers.Peer,
-    row: Row,
-    case: Case,
-    inputs: Inputs,
-    expected: check.Expected,
-    backward: bool,
-) -> Callable[[], Tensor] | None:
-    """The peer's call, checked; None, and the reason in its row, if it cannot be timed."""
-    _free()
-    forward = None
+def _build(case: Case, settings: Settings, device: torch.device) -> Inputs:
+    scores = settings.scores and settings.scores.of(case)
+    return build(case, device, requires_grad=settings.backward, scores=scores)
+
+
+def _admit(peer: Peer, row: Row, problem: _Problem, suite: Suite) -> Prepared | None:
+    """The peer's calls, checked; None, and the reason in its row, if it cannot be timed."""
+    ready = None
     with _reported(row):
-        reason = peer.unavailable(case, inputs.q.device)
+        reason = suite.left_out(peer.name, problem.case)
+        reason = reason or peer.unavailable(problem.case, problem.device)
         if reason is not None:
             row.refuse(results.UNAVAILABLE, reason)
         else:
-            forward = _prepare(peer, row, case, inputs, expected, backward)
+            ready = _prepare(peer, row, problem)
     print(report.admitted(row), flush=True)
-    return forward if row.status == results.OK else None
+    return ready if row.status == results.OK else None
 
 
-def _prepare(
-    peer: peers.Peer,
-    row: Row,
-    case: Case,
-    inputs: Inputs,
-    expected: check.Expected,
-    backward: bool,
-) -> Callable[[], Tensor]:
+def _prepare(peer: Peer, row: Row, problem: _Problem) -> Prepared:
     """Prepare a peer and check it; its first call compiles, its second is weighed."""
-    device = inputs.q.device
+    device = problem.device
+    _free()
     before = _allocated(device)
-    with torch.set_grad_enabled(backward):
-        ready = peer.prepare(case, inputs)
+    with torch.set_grad_enabled(problem.settings.backward):
+        ready = peer.prepare(problem.case, problem.inputs)
     row.setup_ms, row.notes = ready.setup_ms, list(ready.notes)
     if before is not None:
         row.memory_setup = _allocated(device) - before
     start = time.perf_counter()
-    got = _results(ready.forward, case, inputs, expected.do, backward)
+    got = problem.results(ready.forward) if ready.forward else {}
+    chosen = ready.selection() if ready.selection else None
     timing.synchronize(device)
     row.first_call_ms = 1e3 * (time.perf_counter() - start)
-    row.errors = check.errors(expected, got)
-    if not torch.isfinite(got["o"]).all():
-        row.notes.append("o is not finite in rows that see no key")
-    wrong = check.wrong(case, row.errors)
+    if got:
+        row.errors = check.errors(problem.expected, got)
+        if not torch.isfinite(got["o"]).all():
+            row.notes.append("o is not finite in rows that see no key")
+    if isinstance(chosen, IntervalMask):
+        row.errors["selection"] = check.selection_error(problem.expected, chosen)
+    wrong = check.wrong(problem.case, row.errors)
     if wrong is not None:
         row.refuse(results.WRONG, wrong)
-    del got
-    if before is not None:
+    del got, chosen
+    if before is not None and ready.forward:
         _free()
         base = _allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        _results(ready.forward, case, inputs, expected.do, backward)
+        problem.results(ready.forward)
         row.memory_call = torch.cuda.max_memory_allocated(device) - base
-    return ready.forward
+    return ready
 
 
 def _race(
     quantity: str,
-    prepared: dict[str, tuple[Row, Callable[[], Tensor]]],
-    case: Case,
-    inputs: Inputs,
-    operations: float,
-    settings: Settings,
+    prepared: dict[str, tuple[Row, Prepared]],
+    problem: _Problem,
+    operations: float | None,
 ) -> None:
-    """Time a quantity of all that are still in the race, in turns."""
-    calls = {}
-    for name, (row, forward) in prepared.items():
+    """Time a quantity of all that offer it and are still in the race, in turns."""
+    entered = {name: entry for name, entry in prepared.items() if entry[1].offers(quantity)}
+    started = {}
+    for name, (row, ready) in entered.items():
         if row.status == results.OK:
             with _reported(row):
-                calls[name] = _call(quantity, forward, case, inputs, settings.graph)
-    timings, raised = timing.measure(calls, inputs.q.device, settings.seconds)
+                case, inputs = problem.case, problem.inputs
+                started[name] = calls.of(quantity, ready, case, inputs, problem.settings.graph)
+    timings, raised = timing.measure(started, problem.device, problem.settings.seconds)
     for name, error in raised.items():
-        _blame(prepared[name][0], error)
+        _blame(entered[name][0], error)
     for name, timed in timings.items():
-        rate = operations / timed.median_ms / 1e9
-        prepared[name][0].times[quantity] = asdict(timed) | {"tflops": rate}
-    for row, _ in prepared.values():
+        rate = operations and operations / timed.median_ms / 1e9
+        entered[name][0].times[quantity] = asdict(timed) | {"tflops": rate}
+    for row, _ in entered.values():
         shown = quantity in row.times
         print(report.timed(row, quantity) if shown else report.refusal(row), flush=True)
 
 
-def _results(
-    forward: Callable[[], Tensor], case: Case, inputs: Inputs, do: Tensor, backward: bool
-) -> dict[str, Tensor]:
-    """One call: o and, with `backward`, the gradient of each leaf."""
-    with torch.set_grad_enabled(backward):
-        o = forward()
-    if not backward:
-        return {"o": o}
-    return {"o": o} | dict(zip(case.leaves, _differentiate(o, case, inputs, do), strict=True))
-
-
-def _call(
-    quantity: str, forward: Callable[[], Tensor], case: Case, inputs: Inputs, graph: bool
-) -> timing.Call:
-    """What is timed for a quantity."""
-
-    def forward_only() -> Tensor:
-        with torch.no_grad():
-            return forward()
-
-    def both() -> tuple[Tensor, ...]:
-        return _differentiate(forward(), case, inputs, inputs.do)
-
-    if quantity == "backward":
-        # A captured backward runs where its forward ran.
-        with timing.side_stream() if graph else nullcontext():
-            o = forward()
-
-        def call() -> tuple[Tensor, ...]:
-            return _differentiate(o, case, inputs, inputs.do)
-    else:
-        call = forward_only if quantity == "forward" else both
-    return timing.captured(call) if graph else call
-
-
-def _differentiate(o: Tensor, case: Case, inputs: Inputs, do: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of the leaves; the graph stays, for the next repetition."""
-    return torch.autograd.grad(o, inputs.leaves(case.leaves), do, retain_graph=True)
+def _profile(
+    case: Case,
+    rows: list[dict[str, Any]],
+    contenders: list[Peer],
+    settings: Settings,
+    device: torch.device,
+) -> None:
+    """Add the kernels of our contenders to their rows; if that fails, the rows say so."""
+    ours = {row["contender"]: row for row in rows if row["ours"] and row["times"]}
+    if not ours:
+        return
+    print(f"\nkernels: {case.name}", flush=True)
+    try:
+        inputs = _build(case, settings, device)
+        for peer in contenders:
+            if peer.name in ours:
+                row = ours[peer.name]
+                ready = peer.prepare(case, inputs)
+                for quantity in calls.PROFILED[settings.command]:
+                    if quantity in row["times"]:
+                        call = calls.of(quantity, ready, case, inputs, graph=False)
+                        row["kernels"][quantity] = kernels.profile(call, device)
+                        print(report.profiled(row, quantity), flush=True)
+    except Exception as error:
+        print(f"  not profiled: {_words(error)}", flush=True)
+        for row in ours.values():
+            row["notes"].append(f"not every quantity was profiled: {_words(error)}")
+        traceback.clear_frames(error.__traceback__)
+    _free()
 
 
 @contextmanager

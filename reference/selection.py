@@ -135,7 +135,8 @@ def topk_intervals(
             row sees it and it displaces no other.
 
     Returns:
-        (start, end), int32, of the broadcast shape. Exact; O(S log S) time and O(S) memory.
+        (start, end), int32, of the broadcast shape; end = start where no row sees the key. Exact;
+        O(S log S) time and O(S) memory.
 
     Raises:
         ValueError: window_size < 1 (E6).
@@ -152,6 +153,7 @@ def topk_intervals(
     if causal:
         joins = order
         leaves = torch.where(rank < window_size, seqlen_k, prefix_quantile(order, window_size))
+        leaves = torch.maximum(leaves, joins)  # w better keys may be there already
     else:
         joins = torch.full_like(order, min(0, seqlen_k - seqlen_q))
         leaves = torch.where(rank < window_size, seqlen_k, joins)

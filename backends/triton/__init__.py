@@ -94,6 +94,20 @@ def backward(
         return kernels.backward(problem, tensors, o, lse, do, dlse)
 
 
+def topk_intervals(
+    scores: Tensor,
+    seqlen_q: int,
+    window_size: int,
+    causal: bool,
+    key_padding_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`(start, end)` by M5 for float16, bfloat16 and float32 scores `[{B,1}, {Hkv,1}, Sk]`."""
+    from .kernels import selection as kernels
+
+    with _on_device_of(scores):
+        return kernels.topk_intervals(scores, seqlen_q, window_size, causal, key_padding_mask)
+
+
 def info() -> dict[str, Any]:
     """Version of Triton, None where it is missing, and where it keeps compiled kernels."""
     return {

@@ -7,7 +7,7 @@ views. A new peer is a module that defines one, and a line in `all_peers`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Protocol
 
 import torch
@@ -19,18 +19,28 @@ from ..inputs import Inputs
 
 @dataclass(frozen=True)
 class Prepared:
-    """A peer's call on a case.
+    """A peer's calls on a case, at least one.
 
     Attributes:
         forward: o `[B, S, Hq, D]` from the inputs, with an autograd graph if they require
             gradients and gradients are on.
+        selection: the choice of keys from `inputs.scores`.
+        selected_forward: o from the scores: selection, then forward.
         setup_ms: time of what is built once a mask and left out of the call, if anything is.
         notes: what a reader of the numbers must know.
     """
 
-    forward: Callable[[], Tensor]
+    forward: Callable[[], Tensor] | None = None
+    _: KW_ONLY
+    selection: Callable[[], object] | None = None
+    selected_forward: Callable[[], Tensor] | None = None
     setup_ms: float | None = None
     notes: tuple[str, ...] = ()
+
+    def offers(self, quantity: str) -> bool:
+        """Whether it has the call that the quantity is about."""
+        calls = {"selection": self.selection, "end to end": self.selected_forward}
+        return calls.get(quantity, self.forward) is not None
 
 
 class Peer(Protocol):
@@ -56,6 +66,13 @@ def all_peers() -> tuple[Peer, ...]:
     from . import flash_attention_4, flex, ours, sdpa
 
     return (*ours.peers(), *sdpa.PEERS, flex.PEER, flash_attention_4.PEER)
+
+
+def selectors() -> tuple[Peer, ...]:
+    """Contenders that only choose keys."""
+    from . import torch_topk
+
+    return (torch_topk.PEER,)
 
 
 def heads_first(x: Tensor) -> Tensor:

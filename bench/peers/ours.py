@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from flash_sparse_attn import flash_sparse_attn_func, registry
+from flash_sparse_attn import IntervalMask, flash_sparse_attn_func, registry
 
 from ..cases import Case
 from ..inputs import Inputs
@@ -39,20 +40,28 @@ class Ours:
         return None
 
     def prepare(self, case: Case, inputs: Inputs) -> Prepared:
-        """The public call."""
+        """The public calls."""
 
-        def forward() -> torch.Tensor:
+        def attend(mask: Tensor | IntervalMask | None) -> Tensor:
             return flash_sparse_attn_func(
                 inputs.q,
                 inputs.k,
                 inputs.v,
-                attn_mask=inputs.mask if inputs.intervals is None else inputs.intervals,
+                attn_mask=mask,
                 attn_bias=inputs.bias,
                 is_causal=inputs.causal,
                 backend=self.backend,
             )
 
-        return Prepared(forward)
+        def select() -> IntervalMask:
+            return IntervalMask.topk(inputs.scores, case.window_size)
+
+        mask = inputs.mask if inputs.intervals is None else inputs.intervals
+        return Prepared(
+            forward=lambda: attend(mask),
+            selection=select if case.selects else None,
+            selected_forward=(lambda: attend(select())) if case.selects else None,
+        )
 
 
 def peers() -> tuple[Ours, ...]:

@@ -44,6 +44,8 @@ class Sdpa:
             return "takes no mask and no bias"
         if self.kernel is None and not has_mask:
             return "the case has no mask and no bias"
+        if case.per_head:
+            return "would be given a mask of pairs for every head"
         if self.cuda_only and device.type != "cuda":
             return f"needs a CUDA device, tensors are on {device.type}"
         return None
@@ -82,7 +84,9 @@ class Sdpa:
 
 
 def merge(inputs: Inputs) -> Tensor:
-    """Causality, mask and bias as one argument, `[1, 1, {S,1}, S]`; differentiable in the bias."""
+    """Causality, mask and bias, shared by all heads, as one argument `[1, 1, {S,1}, S]`;
+    differentiable in the bias.
+    """
     length = inputs.q.shape[1]
     per_row = inputs.causal or inputs.intervals is not None
     per_row = per_row or (inputs.mask is not None and inputs.mask.shape[2] > 1)

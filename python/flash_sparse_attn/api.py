@@ -14,7 +14,7 @@ from . import ops
 from .dispatch import require_available
 from .masks import BlockMap, IntervalMask, from_block_mask
 from .problem import AttentionOptions, Form, Gate
-from .tensors import AttentionTensors
+from .tensors import TENSOR_NAMES, AttentionTensors
 from .validation import message, require_kinds, require_tensor
 
 if TYPE_CHECKING:
@@ -283,6 +283,7 @@ def _options(
         window_left=window[0],
         window_right=window[1],
         sinks=sinks,
+        keys_per_row=masks.get("keys_per_row") or 0,
         block_size_q=rows,
         block_size_k=keys,
         gate=None if gates is None else gate,
@@ -316,7 +317,7 @@ def _tensors(
     for name, tensor in (("alpha", gate_q), ("delta", gate_k)):
         require_tensor(name, tensor, optional=gates is None)
     query, key, value = _autocast(query, key, value)
-    terms = {name: term for name, term in masks.items() if name != "block_size"}
+    terms = {name: term for name, term in masks.items() if name in TENSOR_NAMES}
     return AttentionTensors(
         query, key, value, bias=bias, gate_q=gate_q, gate_k=gate_k, **terms, **lengths
     )
@@ -333,7 +334,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _split_masks(attn_mask: Masks) -> dict[str, Any]:
-    """The fields of `AttentionTensors` that `attn_mask` gives, and `block_size`."""
+    """The fields of `AttentionTensors` that `attn_mask` gives, `block_size` and `keys_per_row`."""
     given: dict[str, Any] = {}
     several = attn_mask if isinstance(attn_mask, tuple | list) else (attn_mask,)
     for mask in several:
@@ -358,7 +359,8 @@ def _mask_terms(mask: Mask | None) -> dict[str, Any]:
     if isinstance(mask, Tensor):
         return {"mask": mask}
     if isinstance(mask, IntervalMask):
-        return {"interval_start": mask.start, "interval_end": mask.end}
+        intervals = {"interval_start": mask.start, "interval_end": mask.end}
+        return intervals | {"keys_per_row": mask.keys_per_row}
     if isinstance(mask, BlockMap):
         return {"block_map": mask.active, "block_size": mask.block_size}
     if type(mask).__module__.startswith("torch.nn.attention.flex_attention"):

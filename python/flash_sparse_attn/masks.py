@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .reference import selection
+from .selection import topk_intervals
 from .validation import message, require_tensor
 
 if TYPE_CHECKING:
@@ -26,14 +27,18 @@ class IntervalMask:
     Args:
         start: int32 `[{B,1}, {Hkv,1}, Sk]`, first row that sees the key.
         end: int32, same shape, row after the last that sees it; an empty interval hides the key.
+        keys_per_row: w if any n consecutive rows see at most w + n - 1 keys by these intervals;
+            None = unknown. Kernels cut rows into segments and size their memory by it, so that
+            scattered keys cost what a window costs; where it does not hold, results are NaN.
 
     Raises:
-        TypeError: not int32 tensors (E1, E3).
-        ValueError: shapes differ or are not 3-D (E5).
+        TypeError: not int32 tensors, or `keys_per_row` is not an int (E1, E3).
+        ValueError: shapes differ or are not 3-D, or `keys_per_row` is negative (E5, E6).
     """
 
     start: Tensor
     end: Tensor
+    keys_per_row: int | None = None
 
     def __post_init__(self) -> None:
         for name, tensor in (("start", self.start), ("end", self.end)):
@@ -50,6 +55,8 @@ class IntervalMask:
                     "two tensors of one shape [{B,1}, {Hkv,1}, Sk]",
                 )
             )
+        if self.keys_per_row is not None:
+            _require_int("keys_per_row", self.keys_per_row, 0, "None or an int >= 0")
 
     @classmethod
     def causal(
@@ -98,8 +105,10 @@ class IntervalMask:
                         "None or an int >= 0" if name != "sinks" else "an int >= 0",
                     )
                 )
+        bounded = left is not None and right is not None
         return cls(
-            *selection.window_intervals(seqlen_q, seqlen_k, left, right, sinks, device=device)
+            *selection.window_intervals(seqlen_q, seqlen_k, left, right, sinks, device=device),
+            keys_per_row=min(left + right + 1 + sinks, seqlen_k) if bounded else None,
         )
 
     @classmethod
@@ -145,21 +154,25 @@ class IntervalMask:
 
         The mask of dynamic mask attention (arXiv 2508.02124), made causal.
 
-        Exact, O(Sk log Sk) time and O(Sk) memory: with causality a key is evicted once and never
-        returns, so its rows are one interval.
+        Exact, in O(Sk) memory: with causality a key is evicted once and never returns, so its rows
+        are one interval. On a GPU that a backend serves, float16, bfloat16 and float32 scores are
+        ranked by its kernels; other devices and float64 by PyTorch's operations, to the same
+        result.
 
         Args:
             scores: floating `[{B,1}, {Hkv,1}, Sk]`; larger is better, ties are won by the more
                 recent key, NaN is worst. No gradient flows through the choice.
             window_size: w >= 1, keys a row keeps.
             causal: row i chooses among keys j <= i + Sk - Sq; otherwise among all keys.
-            key_padding_mask: bool, broadcastable to the shape of `scores`, or `[B, Sk]`; keys that
-                are False take no part.
+            key_padding_mask: bool, broadcastable with `scores`, or `[B, Sk]`; keys that are False
+                take no part.
             seqlen_q: Sq; default Sk.
 
         Raises:
-            TypeError: `scores` is not a floating tensor, `window_size` not an int (E1, E3).
-            ValueError: `window_size` < 1, or `scores` is not 3-D (E5, E6).
+            TypeError: `scores` is not a floating tensor, `key_padding_mask` not a bool one,
+                `window_size` or `seqlen_q` not an int (E1, E3).
+            ValueError: `window_size` < 1, `seqlen_q` < 0, `scores` is not 3-D, or the mask is on
+                another device or does not broadcast (E4, E5, E6).
         """
         require_tensor("scores", scores)
         require_tensor("key_padding_mask", key_padding_mask, optional=True)
@@ -169,27 +182,61 @@ class IntervalMask:
             raise ValueError(
                 message("E5", "rank of scores", scores.dim(), "3: [{B,1}, {Hkv,1}, Sk]")
             )
-        if isinstance(window_size, bool) or not isinstance(window_size, int):
-            raise TypeError(message("E1", "window_size", repr(window_size), "an int >= 1"))
-        if window_size < 1:
-            raise ValueError(message("E6", "window_size", window_size, "an int >= 1"))
-        if key_padding_mask is not None and key_padding_mask.dim() == 2:
-            key_padding_mask = key_padding_mask[:, None]
-        rows = scores.shape[-1] if seqlen_q is None else seqlen_q
+        _require_int("window_size", window_size, 1, "an int >= 1")
+        if seqlen_q is not None:
+            _require_int("seqlen_q", seqlen_q, 0, "None or an int >= 0")
+        if key_padding_mask is not None:
+            if key_padding_mask.dim() == 2:
+                key_padding_mask = key_padding_mask[:, None]
+            _require_padding(key_padding_mask, scores)
+        seqlen_k = scores.shape[-1]
         return cls(
-            *selection.topk_intervals(scores.detach(), rows, window_size, causal, key_padding_mask)
+            *topk_intervals(
+                scores.detach(),
+                seqlen_k if seqlen_q is None else seqlen_q,
+                window_size,
+                causal,
+                key_padding_mask,
+            ),
+            keys_per_row=min(window_size, seqlen_k),
         )
 
     def __and__(self, other: IntervalMask) -> IntervalMask:
         """Intersection: a row sees a key if both masks let it (M)."""
+        known = [x for x in (self.keys_per_row, other.keys_per_row) if x is not None]
         return IntervalMask(
-            torch.maximum(self.start, other.start), torch.minimum(self.end, other.end)
+            torch.maximum(self.start, other.start),
+            torch.minimum(self.end, other.end),
+            min(known) if known else None,
         )
 
     def to_dense(self, seqlen_q: int) -> Tensor:
         """The bool mask `[{B,1}, {Hkv,1}, Sq, Sk]` it stands for: O(Sq Sk) memory, for tests."""
         i = torch.arange(seqlen_q, device=self.start.device)[:, None]
         return (self.start[..., None, :] <= i) & (i < self.end[..., None, :])
+
+
+def _require_int(name: str, value: object, least: int, words: str) -> None:
+    """E1 and E6 for a count."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(message("E1", name, repr(value), words))
+    if value < least:
+        raise ValueError(message("E6", name, value, words))
+
+
+def _require_padding(mask: Tensor, scores: Tensor) -> None:
+    """E3, E4 and E5 for the padding mask of M5."""
+    name = "key_padding_mask"
+    if mask.dtype != torch.bool:
+        raise TypeError(message("E3", f"dtype of {name}", mask.dtype, "torch.bool"))
+    if mask.device != scores.device:
+        expected = f"{scores.device}, where the scores are"
+        raise ValueError(message("E4", f"device of {name}", mask.device, expected))
+    sizes = zip(reversed(mask.shape), reversed(scores.shape), strict=False)
+    fits = all(1 in pair or pair[0] == pair[1] for pair in sizes)
+    if not (1 <= mask.dim() <= 3 and mask.shape[-1] in (1, scores.shape[-1]) and fits):
+        words = f"[B, Sk], or one that broadcasts with {tuple(scores.shape)}"
+        raise ValueError(message("E5", f"shape of {name}", tuple(mask.shape), words))
 
 
 @dataclass(frozen=True, eq=False)

@@ -42,6 +42,8 @@ class AttentionOptions:
         window_left: keys to the left of the aligned one (V2); None = unbounded.
         window_right: keys to its right (V2); None = unbounded.
         sinks: first keys exempt from the window (V2).
+        keys_per_row: w if the intervals (V4) show at most w + n - 1 keys to any n consecutive rows;
+            0 = unknown. Not a rule but a promise that bounds memory.
         block_size_q: rows of a block of the block map (V5); 0 without one.
         block_size_k: keys of a block of the block map (V5); 0 without one.
         gate: g of S3; None without gates.
@@ -59,6 +61,7 @@ class AttentionOptions:
     window_left: int | None = None
     window_right: int | None = None
     sinks: int = 0
+    keys_per_row: int = 0
     block_size_q: int = 0
     block_size_k: int = 0
     gate: str | None = None

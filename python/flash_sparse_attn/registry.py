@@ -27,7 +27,8 @@ class Backend(Protocol):
     """The contract of a backend: what the module `backends/<name>/__init__.py` defines.
 
     Importing it needs nothing but torch. `forward` and `backward` are called only for a problem
-    that `unsupported` has nothing against, in a process that `availability` has nothing against.
+    that `unsupported` has nothing against, in a process that `availability` has nothing against. A
+    backend may also define `topk_intervals`, as `selection.topk_intervals` takes and returns it.
     """
 
     def availability(self) -> list[str]:

@@ -28,7 +28,7 @@ INT32_TENSORS = (
 )
 BOOL_TENSORS = ("mask", "block_map")
 
-_LENGTHS = ("sinks", "max_seqlen_q", "max_seqlen_k")
+_LENGTHS = ("sinks", "keys_per_row", "max_seqlen_q", "max_seqlen_k")
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     **dict.fromkeys(("causal", "deterministic"), ((bool,), "a bool")),
     **dict.fromkeys(

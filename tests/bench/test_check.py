@@ -5,7 +5,7 @@ import torch
 
 from bench import cases, check
 from bench.inputs import build
-from flash_sparse_attn import flash_sparse_attn_func
+from flash_sparse_attn import IntervalMask, flash_sparse_attn_func
 
 CASE = next(case for case in cases.load("smoke", "backward").cases if case.bias == "pair")
 
@@ -66,3 +66,20 @@ def test_wrong_results_do_not(expected_and_got, name, mutant, title):
     expected, got = expected_and_got
     bad = got | {name: mutant(got[name].detach(), expected.rows)}
     assert title in check.wrong(CASE, check.errors(expected, bad))
+
+
+def test_a_selection_is_compared_key_by_key():
+    case = next(case for case in cases.load("smoke", "dynamic").cases if case.selects)
+    inputs = build(case, torch.device("cpu"), requires_grad=True)
+    expected = check.expect(case, inputs, backward=True)
+    start, end = inputs.intervals.start, inputs.intervals.end
+    assert check.selection_error(expected, inputs.intervals) == 0
+    assert check.wrong(case, {"selection": 0.0}) is None
+    late = end.clone()
+    late[0, 0, 0] += 1
+    found = check.selection_error(expected, IntervalMask(start, late))
+    assert found == 1 / start.numel()
+    assert "the selection is off by" in check.wrong(case, {"selection": found})
+    # An empty interval hides its key wherever it lies.
+    hidden = (end <= start).int()
+    assert check.selection_error(expected, IntervalMask(start + 3 * hidden, end)) == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import plot, report, results
+from bench import derived, plot, plot_dynamic, report, results
 from bench.__main__ import main
 
 FIXTURE = Path(__file__).with_name("backward-smoke.json")
@@ -83,3 +83,120 @@ def test_plot_of_nothing(result, tmp_path):
     empty = result | {"cases": []}
     with pytest.raises(ValueError, match="nothing was timed"):
         plot.draw(empty, tmp_path / "empty.png")
+
+
+@pytest.fixture(scope="module")
+def dynamic(tmp_path_factory):
+    """A run of the smoke suite, as if kernels had been profiled and memory weighed."""
+    folder = tmp_path_factory.mktemp("dynamic")
+    arguments = ["dynamic", "--suite", "smoke", "--device", "cpu", "--seconds", "0.002"]
+    assert main([*arguments, "--out", str(folder)]) == 0
+    (file,) = folder.rglob("*.json")
+    result = results.load(file)
+    for record in result["cases"]:
+        for row in record["rows"]:
+            if row["ours"] and row["times"]:
+                row["memory_call"] = record["memory"]["results"] + 100
+                us = 500 * row["times"]["forward"]["median_ms"]
+                row["kernels"]["forward"] = {
+                    "forward_kernel": {"us": us, "launches": 1.0},
+                    "gather_keys_kernel": {"us": us / 2, "launches": 1.0},
+                }
+    results.save(result, file)
+    return file, result
+
+
+def cells(text, title, label):
+    """The cells under a title, in the line of a case."""
+    after = text[text.index(f"| {title} |") :]
+    line = next(line for line in after.split("\n") if line.startswith(f"| {label} |"))
+    return [cell.strip() for cell in line.split("|")[2:-1]]
+
+
+def line_of(result, label, contender="fsa-reference"):
+    record = next(r for r in result["cases"] if derived.label(r["case"]) == label)
+    return record, derived.row(record, contender)
+
+
+MASKED, DENSE = "H4/2 D16, S 64, w 16", "H4/2 D16, S 64"
+
+
+def test_dynamic_tables_join_our_quantities(dynamic):
+    _, result = dynamic
+    text = report.table(result)
+    record, line = line_of(result, MASKED)
+    ms = {quantity: times["median_ms"] for quantity, times in line["times"].items()}
+    shown = cells(text, "fsa-reference | selection", MASKED)
+    assert shown[0] == f"{ms['selection']:.3g}"
+    assert shown[2].startswith(f"{ms['forward']:.3g} (")
+    assert shown[4] == f"{ms['end to end']:.3g}"
+    assert shown[5] == f"{1e3 * (ms['forward'] + ms['backward']) / 64:.3g}"
+    own = record["memory"]["inputs"] + record["memory"]["results"]
+    assert shown[6] == f"{100 / own:.2f}"
+    assert cells(text, "fsa-reference | selection", "H4/2 D16, S 64, w 24, key mask")[0] == "–"
+
+
+def test_dynamic_tables_compare_with_dense_attention(dynamic):
+    _, result = dynamic
+    text = report.table(result)
+    _, line = line_of(result, MASKED)
+    _, twin = line_of(result, DENSE)
+    _, peer = line_of(result, DENSE, "sdpa-flash")
+    shown = cells(text, "fsa-reference | rate over own dense", MASKED)
+
+    def pair(figure):
+        return " / ".join(figure(quantity) for quantity in ("forward", "backward"))
+
+    def over(above, below, field, form):
+        return pair(lambda q: f"{above['times'][q][field] / below['times'][q][field]:{form}}")
+
+    assert shown == [
+        over(line, twin, "tflops", ".2f"),
+        over(twin, line, "median_ms", ".3g"),
+        over(peer, line, "median_ms", ".3g"),
+    ]
+    # No dense case is as long.
+    longest = "| H4/2 D16, S 128, w 16 |"
+    assert longest in text[: text.index("| rate over own dense |")]
+    assert longest not in text[text.index("| rate over own dense |") : text.index("| where the")]
+
+
+def test_dynamic_tables_say_where_the_time_goes(dynamic):
+    _, result = dynamic
+    _, line = line_of(result, MASKED)
+    wall = line["times"]["forward"]["median_ms"]
+    shown = cells(report.table(result), "where the time goes", MASKED)
+    assert shown[1:5] == [
+        f"{wall / 2:.3g} / –",
+        f"{wall / 4:.3g} / –",
+        "0 / –",
+        f"{wall / 4:.3g} / –",
+    ]
+    rate = line["times"]["forward"]["tflops"]
+    assert shown[5] == f"{2 * rate:.0f} / –"
+
+
+def test_dense_attention_has_its_own_table(dynamic):
+    _, result = dynamic
+    text = report.table(result)
+    after = text[text.index("another question:") :]
+    assert "| forward | fsa-reference | sdpa-flash |" in after
+    assert f"| {DENSE} |" in after
+    assert "w 16" not in after
+
+
+def test_dynamic_plots(dynamic, tmp_path, capsys):
+    file, result = dynamic
+    assert main(["plot", str(file), "--to", str(tmp_path)]) == 0
+    (png,) = tmp_path.iterdir()
+    assert png.name == "dynamic-smoke-h4-2-d16.png"
+    assert str(png) in capsys.readouterr().out
+    width, height = struct.unpack(">II", png.read_bytes()[16:24])
+    assert (width, height) == (2 * plot_dynamic.PANEL[0] * 150, 2 * plot_dynamic.PANEL[1] * 150)
+    dense = [record for record in result["cases"] if not record["case"]["mask"]]
+    with pytest.raises(ValueError, match="no masked case of ours"):
+        plot.draw(result | {"cases": dense}, tmp_path / "dense.png")
+
+
+def test_files_of_before_have_defaults(result):
+    assert all(row["kernels"] == {} for record in result["cases"] for row in record["rows"])

@@ -49,6 +49,100 @@ def test_topk_takes_padding_and_other_query_lengths():
     assert torch.equal(dense, want)
 
 
+def test_a_key_that_never_makes_the_cut_has_no_rows():
+    mask = IntervalMask.topk(-torch.arange(6.0)[None, None], 2)
+    assert mask.start.tolist() == [[[0, 1, 2, 3, 4, 5]]]
+    assert mask.end.tolist() == [[[6, 6, 2, 3, 4, 5]]]
+
+
+@pytest.mark.parametrize("shape", [(12,), (1, 12), (1, 1, 12), (2, 3, 12), (2, 1, 1)])
+def test_topk_broadcasts_the_padding_mask(shape):
+    scores = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(0))
+    real = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.6
+    batched = real[:, None] if real.dim() == 2 else real
+    got = IntervalMask.topk(scores, 4, key_padding_mask=real)
+    want = IntervalMask.topk(scores, 4, key_padding_mask=batched.expand(2, 3, 12).contiguous())
+    assert torch.equal(got.start, want.start)
+    assert torch.equal(got.end, want.end)
+
+
+def test_keys_per_row_bounds_what_consecutive_rows_see():
+    scores = torch.randn(1, 2, 20, generator=torch.Generator().manual_seed(0))
+    best, all_of_them = IntervalMask.topk(scores, 6), IntervalMask.topk(scores, 30)
+    window = IntervalMask.window(20, 20, 3, 2, sinks=4)
+    bounds = {6: best, 20: all_of_them, 10: window}
+    for bound, mask in bounds.items():
+        assert mask.keys_per_row == bound
+        for n in (1, 2, 7):
+            rows = mask.to_dense(20).unfold(2, n, 1).any(-1)
+            assert rows.sum(-1).max() <= bound + n - 1
+    assert IntervalMask.window(8, 8, 5, 4).keys_per_row == 8
+    unknown = (
+        IntervalMask.window(20, 20, None, 2),
+        IntervalMask.window(20, 20, 3, None),
+        IntervalMask.causal(20, 20),
+        IntervalMask.keys(torch.ones(1, 20, dtype=torch.bool), 20),
+        IntervalMask(best.start, best.end),
+    )
+    for mask in unknown:
+        assert mask.keys_per_row is None
+        assert (mask & best).keys_per_row == (best & mask).keys_per_row == 6
+        assert (mask & mask).keys_per_row is None
+    assert (window & best).keys_per_row == 6
+
+
+def test_wrong_counts_and_padding_masks_are_refused():
+    scores = torch.zeros(2, 3, 12)
+    interval = torch.zeros(1, 1, 4, dtype=torch.int32)
+    wrong = {
+        r"keys_per_row.*E1": lambda: IntervalMask(interval, interval, 2.0),
+        r"keys_per_row.*E6": lambda: IntervalMask(interval, interval, -1),
+        r"window_size.*E1": lambda: IntervalMask.topk(scores, True),
+        r"window_size.*E6": lambda: IntervalMask.topk(scores, 0),
+        r"seqlen_q.*E1": lambda: IntervalMask.topk(scores, 2, seqlen_q=3.0),
+        r"seqlen_q.*E6": lambda: IntervalMask.topk(scores, 2, seqlen_q=-1),
+        r"key_padding_mask.*E3": lambda: IntervalMask.topk(
+            scores, 2, key_padding_mask=torch.ones(2, 12)
+        ),
+        r"key_padding_mask.*E4": lambda: IntervalMask.topk(
+            scores, 2, key_padding_mask=torch.ones(2, 12, dtype=torch.bool, device="meta")
+        ),
+        r"key_padding_mask.*E5": lambda: IntervalMask.topk(
+            scores, 2, key_padding_mask=torch.ones(3, 12, dtype=torch.bool)
+        ),
+    }
+    for pattern, call in wrong.items():
+        kind = TypeError if pattern.endswith(("E1", "E3")) else ValueError
+        with pytest.raises(kind, match=pattern):
+            call()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
+def test_selection_is_an_operator(causal, padded):
+    scores = torch.randn(2, 40, 3).transpose(1, 2)
+    keep = torch.rand(2, 1, 40) < 0.6 if padded else None
+    operator = torch.ops.flash_sparse_attn.topk_intervals.default
+    results = torch.library.opcheck(operator, (scores, 33, 5, causal, keep))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_masks_compile_to_one_graph():
+    def masks(scores, window_size):
+        seqlen = scores.shape[-1]
+        mask = IntervalMask.topk(scores, window_size) & IntervalMask.window(seqlen, seqlen, 8)
+        return mask.start, mask.end, mask.keys_per_row
+
+    compiled = torch.compile(masks, fullgraph=True, backend="aot_eager", dynamic=True)
+    for seqlen in (10, 20, 33):
+        scores = torch.randn(1, 2, seqlen, requires_grad=True)
+        got, want = compiled(scores, 4), masks(scores, 4)
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(got[1], want[1])
+        assert got[2] == want[2]
+        assert not got[1].requires_grad
+
+
 def test_conjunction_of_masks_in_one_call():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 10, 2, 8, dtype=torch.float64) for _ in range(3))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -18,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from flash_sparse_attn.problem import AttentionProblem
 from flash_sparse_attn.tensors import AttentionTensors
 
+from .sizes import ceil_div, power_of_2
 from .tuning import Tile
 
 LOG2E = math.log2(math.e)
@@ -117,25 +117,55 @@ class Ranges(NamedTuple):
     """Whether they hide anything that a packed mask does not."""
 
 
-class Order(NamedTuple):
-    """Where compacted keys come from: int32 `[{B,1}, {Hkv,1}, padded Sk]`, a permutation."""
+class Slots(NamedTuple):
+    """The compacted key axis: the keys that each segment of rows sees, by segment.
+
+    A segment owns `capacity` slots, of which the first `count` hold keys. Records of slots are
+    int32 `[planes, segments * capacity]`; a plane is a batch element and a key-value head, where
+    they have masks of their own.
+    """
 
     key: Tensor
-    batch: int
-    head: int
+    """The key that a slot holds."""
+    count: Tensor
+    """int32 `[planes, segments]`, keys that the segment sees; then a zero for each plane."""
+    live: Tensor
+    """int32 `[planes, padded Sk]`, the keys that any segment sees, in their own order."""
+    live_count: Tensor
+    """int32 `[planes]`, how many they are."""
+    first: Tensor
+    last: Tensor
+    """Rows that see each key, as in `Ranges`, of all keys."""
+    capacity: int
+    rows: int
+    """Rows of a segment."""
+    segments: int
+    plane_batch: int
+    plane_head: int
+    shared: Any
+    """Whether the rows of a tile of keys are shared out; several segments are parts enough."""
+    parts: int
+    """Into how many parts the work on the keys of a plane is then cut at least."""
+    ordered: Any
+    """Whether a segment's keys are in the order in which its rows see them."""
 
 
 class TileLists(NamedTuple):
-    """Tiles to visit, int32 `[.., tile rows, tiles]`, and (full, partial) counts `[.., tile rows,
-    2]`.
+    """The key tiles that each query tile visits, int32 `[.., query tiles, length]`.
+
+    Full tiles from the front of a list and partial ones from its back, with (full, partial)
+    `[.., query tiles, 2]` in `counts`; or, where `spans`, four numbers: first tile, first full
+    tile, end of the full tiles, end.
     """
 
     index: Tensor
     counts: Tensor
+    length: int
     batch: int
+    """In query tiles, as `head`."""
     head: int
     heads_per_head: int
-    """In rows of the lists."""
+    spans: Any
 
 
 class RowTerms(NamedTuple):
@@ -175,7 +205,7 @@ def broadcast_strides(tensor: Tensor) -> list[int]:
 
 def padded(length: int) -> int:
     """Length of a record that every tile of rows or keys divides."""
-    return triton.cdiv(length, RECORD_BLOCK) * RECORD_BLOCK
+    return ceil_div(length, RECORD_BLOCK) * RECORD_BLOCK
 
 
 def operand(tensor: Tensor) -> Operand:
@@ -260,4 +290,4 @@ def precision(problem: AttentionProblem) -> str:
 
 def block_d(problem: AttentionProblem) -> int:
     """Width of a tile: the power of two that holds D, 16 at least for the matrix units."""
-    return max(16, triton.next_power_of_2(problem.head_dim))
+    return max(16, power_of_2(problem.head_dim))

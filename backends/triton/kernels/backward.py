@@ -18,10 +18,12 @@ from torch import Tensor
 from flash_sparse_attn.problem import AttentionProblem
 from flash_sparse_attn.tensors import AttentionTensors
 
-from . import arguments, bias_gradient, compaction, preparation, tuning
-from .arguments import Bounds, Order, RowTerms, Terms
+from . import arguments, bias_gradient, preparation, slot_sums, tuning
+from .arguments import Bounds, RowTerms, Slots, Terms
 from .primitives import LOG2E, load_tile, scores, store_rows, visible
-from .tiles import key_tiles, nth_key_tile, query_tile_span, tile_list
+from .sizes import ceil_div
+from .slot_sums import part_of_plane
+from .tiles import key_tiles, listed_tiles, nth_tile, query_tile_span, slot_tile_span
 
 
 @triton.jit(do_not_specialize=["seqlen_q", "padded", "heads_q"])
@@ -70,7 +72,7 @@ def row_of_record(head, rows):
     return tl.multiple_of(head * rows.padded, 16)
 
 
-@triton.jit(do_not_specialize=[*Bounds._fields, "heads_kv"])
+@triton.jit(do_not_specialize=[*Bounds._fields, "heads_kv", "n_parts"])
 def key_gradients_kernel(
     q,
     k,
@@ -79,7 +81,7 @@ def key_gradients_kernel(
     dk,
     dv,
     dbias,
-    order,
+    slots,
     rows,
     seqlen_q,
     seqlen_k,
@@ -94,31 +96,33 @@ def key_gradients_kernel(
     lists,
     scale,
     heads_kv,
+    n_parts,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
+    SUB: tl.constexpr,
 ):
-    """dk, dv and the column sums of ds, [B, Hq, Sk], each None if not wanted; grid key tiles *
-    batch * kv heads, heads fastest.
+    """dk, dv and the column sums of ds, [B, Hq, Sk], each None if not wanted; grid parts * batch *
+    kv heads, heads fastest. A part is a key tile or, of slots, a share of one's rows; its sums,
+    those of ds as [B, Hkv, parts * BLOCK_N, G], are what `slot_sums` adds up.
 
     Scores are computed transposed, [keys, rows], so that P^T and ds^T enter the products dv = P^T
     do and dk = ds^T q from registers.
     """
     bounds = Bounds(seqlen_q, seqlen_k, left, right, left_sinks, right_sinks)
-    tiles_q = tl.cdiv(bounds.seqlen_q, BLOCK_M)
-    tiles_k = tl.cdiv(bounds.seqlen_k, BLOCK_N)
     n = tl.program_id(0) % heads_kv
-    tile_k = tl.program_id(0) // heads_kv % tiles_k
-    b = tl.program_id(0) // (heads_kv * tiles_k)
+    part = tl.program_id(0) // heads_kv % n_parts
+    b = tl.program_id(0) // (heads_kv * n_parts)
+    tile_k, share, shares = part_of_plane(slots, b, n, part, BLOCK_N)
+    if shares == 0:
+        return
     start_k = tile_k * BLOCK_N
     j = start_k + tl.arange(0, BLOCK_N)
-    if order is None:
-        key = j
-    else:  # j counts compacted keys; results go where the user's keys are
-        key = tl.load(order.key + tl.cast(b, tl.int64) * order.batch + n * order.head + j)
+    target = part * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_targets = bounds.seqlen_k if slots is None else n_parts * BLOCK_N
     RAW: tl.constexpr = score.inner is None and bias is None
     unit = score.outer * LOG2E if RAW else LOG2E
 
@@ -128,10 +132,12 @@ def key_gradients_kernel(
         dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     if dv is not None:
         dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    if lists is None:
-        low, full_low, full_high, high = query_tile_span(bounds, start_k, BLOCK_M, BLOCK_N)
-        n_full = full_high - full_low
-        n_partial = (full_low - low) + (high - full_high)
+    if slots is not None:
+        span = slot_tile_span(
+            slots, ranges, b, n * GROUP, tile_k, bounds.seqlen_q, BLOCK_M, BLOCK_N, SUB
+        )
+    elif lists is None:
+        span = query_tile_span(bounds, start_k, BLOCK_M, BLOCK_N)
 
     for g in range(GROUP):
         h = n * GROUP + g
@@ -139,17 +145,21 @@ def key_gradients_kernel(
         if dbias is not None:
             dbias_acc = tl.zeros([BLOCK_N], tl.float32)
         if lists is not None:
-            index, n_full, n_partial = tile_list(lists, b, h, tile_k, tiles_q)
+            tiles, n_full, n_partial = listed_tiles(lists, b, h, tile_k)
+        else:
+            low, full_low, full_high, high = span
+            tiles = (0, low, full_low, full_high, high)
+            n_full = full_high - full_low
+            n_partial = (full_low - low) + (high - full_high)
         # Full tiles last: with another loop behind theirs, ptxas serialises its matrix products.
         for PARTIAL in tl.static_range(1, -1, -1):
-            for t in range(n_partial if PARTIAL else n_full):
-                if lists is not None:
-                    tile_q = tl.load(index + (tiles_q - 1 - t if PARTIAL else t))
-                elif PARTIAL:
-                    tile_q = tl.where(low + t < full_low, low + t, low + t + (full_high - full_low))
-                else:
-                    tile_q = full_low + t
-                start_q = tile_q * BLOCK_M
+            n_tiles = n_partial if PARTIAL else n_full
+            first = 0
+            if slots is not None:
+                first = n_tiles * share // shares
+                n_tiles = n_tiles * (share + 1) // shares
+            for t in range(first, n_tiles):
+                start_q = nth_tile(tiles, lists, t, PARTIAL) * BLOCK_M
                 i = start_q + tl.arange(0, BLOCK_M)
                 q_tile = load_tile(q, b, h, start_q, bounds.seqlen_q, BLOCK_M, D, BLOCK_D, PARTIAL)
                 lse2 = tl.load(rows.lse2 + row_base + i)
@@ -183,13 +193,17 @@ def key_gradients_kernel(
                             ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=PRECISION
                         )
         if dbias is not None:
-            column = (tl.cast(b, tl.int64) * heads_kv * GROUP + h) * bounds.seqlen_k + key
-            tl.store(dbias + column, dbias_acc, mask=j < bounds.seqlen_k)
+            if slots is None:
+                column = (tl.cast(b, tl.int64) * heads_kv * GROUP + h) * n_targets + target
+            else:  # the heads of a group side by side, as they are added up
+                column = (tl.cast(b, tl.int64) * heads_kv + n) * n_targets + target
+                column = column * GROUP + g
+            tl.store(dbias + column, dbias_acc, mask=target < n_targets)
 
     if dk is not None:
-        store_rows(dk, b, n, key, j < bounds.seqlen_k, dk_acc * scale, D, BLOCK_D)
+        store_rows(dk, b, n, target, target < n_targets, dk_acc * scale, D, BLOCK_D)
     if dv is not None:
-        store_rows(dv, b, n, key, j < bounds.seqlen_k, dv_acc, D, BLOCK_D)
+        store_rows(dv, b, n, target, target < n_targets, dv_acc, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=[*Bounds._fields, "heads_q", "group"])
@@ -241,7 +255,7 @@ def query_gradient_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for PARTIAL in tl.static_range(2):
         for t in range(n_partial if PARTIAL else n_full):
-            start_k = nth_key_tile(tiles, lists, t, PARTIAL) * BLOCK_N
+            start_k = nth_tile(tiles, lists, t, PARTIAL) * BLOCK_N
             j = start_k + tl.arange(0, BLOCK_N)
             k_tile = load_tile(
                 k, b, h // group, start_k, bounds.seqlen_k, BLOCK_N, D, BLOCK_D, PARTIAL
@@ -282,14 +296,13 @@ def backward(
     bias in float32 and its own shape.
     """
     rows = row_terms(problem, o, lse, do, dlse)
-    terms = preparation.prepare(problem, tensors, tuning.mask_block(problem))
-    tensors, terms, order = compaction.compact(problem, tensors, terms)
+    tensors, terms, slots = preparation.prepare(problem, tensors, "backward")
     gradients = {}
     sums = bias_gradient.kind(problem) == bias_gradient.Kind.KEYS
     if problem.needs("k", "v") or sums:
-        gradients |= key_gradients(problem, tensors, terms, order, rows, do)
+        gradients |= key_gradients(problem, tensors, terms, slots, rows, do)
     if problem.needs("q"):
-        gradients["q"] = query_gradient(problem, tensors, terms, rows, do)
+        gradients["q"] = query_gradient(problem, tensors, terms, slots, rows, do)
     if problem.needs("bias") and not sums:
         gradients["bias"] = bias_gradient.bias_gradient(
             problem, tensors, terms, rows, lse, do, dlse
@@ -324,35 +337,43 @@ def key_gradients(
     problem: AttentionProblem,
     tensors: AttentionTensors,
     terms: Terms,
-    order: Order | None,
+    slots: Slots | None,
     rows: RowTerms,
     do: Tensor,
 ) -> dict[str, Tensor]:
     """dk, dv and the gradient of a bias without rows, those of them that are needed."""
-    tile = tuning.tile("key_gradients", problem)
-    dk = tensors.k.new_empty(tensors.k.shape) if problem.needs("k") else None
-    dv = tensors.v.new_empty(tensors.v.shape) if problem.needs("v") else None
+    tile = tuning.tile("key_gradients", problem, slots is not None)
+    parts, targets, dtype = ceil_div(problem.seqlen_k, tile.block_n), problem.seqlen_k, None
+    if slots is not None:
+        parts = slot_sums.parts_of_plane(slots, tile.block_n)
+        targets, dtype = parts * tile.block_n, torch.float32
+    shape = (problem.batch, targets, problem.heads_kv, problem.head_dim)
+    dk = tensors.k.new_empty(shape, dtype=dtype) if problem.needs("k") else None
+    dv = tensors.v.new_empty(shape, dtype=dtype) if problem.needs("v") else None
     sums = None
     if bias_gradient.kind(problem) == bias_gradient.Kind.KEYS:
-        sums = rows.delta.new_empty((problem.batch, problem.heads_q, problem.seqlen_k))
-    grid = (triton.cdiv(problem.seqlen_k, tile.block_n) * problem.batch * problem.heads_kv,)
-    key_gradients_kernel[grid](
+        sums = rows.delta.new_empty((problem.batch, problem.heads_q, targets))
+    key_gradients_kernel[(parts * problem.batch * problem.heads_kv,)](
         *arguments.sources(problem, tensors, do, tile),
         None if dk is None else arguments.operand(dk),
         None if dv is None else arguments.operand(dv),
         sums,
-        order,
+        slots,
         rows,
         *terms.flat(),
-        preparation.list_tiles(problem, terms, tile, transposed=True),
+        preparation.list_tiles(problem, terms, slots, tile, transposed=True),
         problem.softmax_scale,
         problem.heads_kv,
+        parts,
         D=problem.head_dim,
         BLOCK_D=arguments.block_d(problem),
         PRECISION=arguments.precision(problem),
         GROUP=problem.group,
+        SUB=terms.block,
         **tile.options(),
     )
+    if slots is not None:
+        dk, dv, sums = slot_sums.add_up(problem, slots, tile.block_n, dk, dv, sums)
     gradients = {
         "k": dk,
         "v": dv,
@@ -365,19 +386,20 @@ def query_gradient(
     problem: AttentionProblem,
     tensors: AttentionTensors,
     terms: Terms,
+    slots: Slots | None,
     rows: RowTerms,
     do: Tensor,
 ) -> Tensor:
     """dq."""
-    tile = tuning.tile("query_gradient", problem)
+    tile = tuning.tile("query_gradient", problem, slots is not None)
     dq = torch.empty_like(tensors.q, memory_format=torch.contiguous_format)
-    grid = (triton.cdiv(problem.seqlen_q, tile.block_m) * problem.batch * problem.heads_q,)
+    grid = (ceil_div(problem.seqlen_q, tile.block_m) * problem.batch * problem.heads_q,)
     query_gradient_kernel[grid](
         *arguments.sources(problem, tensors, do, tile),
         arguments.operand(dq),
         rows,
         *terms.flat(),
-        preparation.list_tiles(problem, terms, tile),
+        preparation.list_tiles(problem, terms, slots, tile),
         problem.softmax_scale,
         problem.heads_q,
         problem.group,

@@ -21,6 +21,7 @@ from flash_sparse_attn.tensors import AttentionTensors
 from . import arguments, preparation, tuning
 from .arguments import Bounds, RowTerms, Terms
 from .primitives import LOG2E, load_tile, scores, visible
+from .sizes import ceil_div
 from .tiles import classify
 
 
@@ -140,13 +141,12 @@ def bias_gradient(
     if kind(problem) == Kind.ROWS:
         return _row_sums(problem, rows, lse, dlse)
     if terms.ranges is None:  # the kernel looks up which tiles are empty
-        terms = terms._replace(ranges=preparation.key_ranges(problem, tensors, terms.block))
+        ranges, _live = preparation.key_ranges(problem, tensors, terms.block)
+        terms = terms._replace(ranges=ranges)
     batch, heads, _, _ = problem.bias
     dbias = rows.delta.new_empty(problem.bias)
     tile = tuning.tile("bias_gradient", problem)
-    tiles = triton.cdiv(problem.seqlen_q, tile.block_m) * triton.cdiv(
-        problem.seqlen_k, tile.block_n
-    )
+    tiles = ceil_div(problem.seqlen_q, tile.block_m) * ceil_div(problem.seqlen_k, tile.block_n)
     bias_gradient_kernel[(tiles * heads * batch,)](
         *arguments.sources(problem, tensors, do, tile),
         dbias,

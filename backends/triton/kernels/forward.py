@@ -13,10 +13,11 @@ from torch import Tensor
 from flash_sparse_attn.problem import AttentionProblem
 from flash_sparse_attn.tensors import AttentionTensors
 
-from . import arguments, compaction, preparation, tuning
+from . import arguments, preparation, tuning
 from .arguments import Bounds
-from .primitives import LN2, LOG2E, load_tile, scores, store_rows, visible
-from .tiles import key_tiles, nth_key_tile
+from .primitives import LN2, LOG2E, hide_if, load_tile, scores, store_rows, visible
+from .sizes import ceil_div
+from .tiles import key_tiles, nth_of_span, nth_tile
 
 
 @triton.jit(do_not_specialize=[*Bounds._fields, "heads_q", "group"])
@@ -66,9 +67,19 @@ def forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    for PARTIAL in tl.static_range(2):
-        for t in range(n_partial if PARTIAL else n_full):
-            start_k = nth_key_tile(tiles, lists, t, PARTIAL) * BLOCK_N
+    # A span is short: one loop, which decides in passing whether a tile is full, fills the pipeline
+    # once. (Long rows of full tiles are better off without the test.)
+    SPAN: tl.constexpr = lists is not None and lists.spans
+    for PARTIAL in tl.static_range(1 if SPAN else 2):
+        n_tiles = n_partial if PARTIAL else n_full
+        if SPAN:
+            n_tiles = n_full + n_partial
+        for t in range(n_tiles):
+            if SPAN:
+                tile_k, hides = nth_of_span(tiles, t)
+            else:
+                tile_k = nth_tile(tiles, lists, t, PARTIAL)
+            start_k = tile_k * BLOCK_N
             j = start_k + tl.arange(0, BLOCK_N)
             k_tile = load_tile(
                 k, b, h // group, start_k, bounds.seqlen_k, BLOCK_N, D, BLOCK_D, PARTIAL
@@ -82,9 +93,11 @@ def forward_kernel(
                 x, _ = scores(x, b, h, i[:, None], j[None, :], score, bias, bounds)
             if PARTIAL:
                 x = tl.where(keep, x, float("-inf"))  # N2
+            if SPAN:
+                x = hide_if(hides, x, b, h, start_q, start_k, bounds, ranges, BLOCK_M, BLOCK_N)
             new_peak = tl.maximum(peak, tl.max(x, 1) * unit)
             shift = new_peak
-            if PARTIAL or not RAW:  # a row that has seen nothing yet has no finite maximum
+            if PARTIAL or SPAN or not RAW:  # a row that has seen nothing has no finite maximum
                 shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
             p = tl.exp2(x * unit - shift[:, None])
             decay = tl.exp2(peak - shift)
@@ -97,7 +110,7 @@ def forward_kernel(
             peak = new_peak
 
     empty = total == 0.0
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    acc = acc * (1.0 / tl.where(empty, 1.0, total))[:, None]  # one division a row
     store_rows(o, b, h, i, i < bounds.seqlen_q, acc, D, BLOCK_D)
     row = (tl.cast(b, tl.int64) * heads_q + h) * bounds.seqlen_q + i
     tl.store(
@@ -114,11 +127,10 @@ def forward(problem: AttentionProblem, tensors: AttentionTensors) -> tuple[Tenso
     q = tensors.q
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((problem.batch, problem.heads_q, problem.seqlen_q), dtype=torch.float32)
-    tile = tuning.tile("forward", problem)
     width = arguments.block_d(problem)
-    terms = preparation.prepare(problem, tensors, tuning.mask_block(problem))
-    tensors, terms, _ = compaction.compact(problem, tensors, terms)
-    grid = (triton.cdiv(problem.seqlen_q, tile.block_m) * problem.batch * problem.heads_q,)
+    tensors, terms, slots = preparation.prepare(problem, tensors, "forward")
+    tile = tuning.tile("forward", problem, slots is not None)
+    grid = (ceil_div(problem.seqlen_q, tile.block_m) * problem.batch * problem.heads_q,)
     forward_kernel[grid](
         arguments.source(q, tile.block_m, width, tile.tma),
         arguments.source(tensors.k, tile.block_n, width, tile.tma),
@@ -126,7 +138,7 @@ def forward(problem: AttentionProblem, tensors: AttentionTensors) -> tuple[Tenso
         arguments.operand(o),
         lse,
         *terms.flat(),
-        preparation.list_tiles(problem, terms, tile),
+        preparation.list_tiles(problem, terms, slots, tile),
         problem.heads_q,
         problem.group,
         D=problem.head_dim,

@@ -8,15 +8,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from flash_sparse_attn.problem import AttentionProblem
 from flash_sparse_attn.tensors import AttentionTensors
 
-from . import arguments, tiles
-from .arguments import Bias, PackedMask, Ranges, Terms, TileLists, broadcast_strides
+from . import arguments, compaction, packing, tiles, tuning
+from .arguments import Bias, PackedMask, Ranges, Slots, Terms, TileLists, broadcast_strides
+from .sizes import ceil_div, power_of_2
 from .tuning import Tile
 
 PACK_CHUNK = 256
@@ -46,18 +46,36 @@ class _KeyMask(NamedTuple):
     heads_per_head: int
 
 
-def prepare(problem: AttentionProblem, tensors: AttentionTensors, block: int) -> Terms:
-    """Read bias, mask and intervals once (S4, V3, V4)."""
+def prepare(
+    problem: AttentionProblem, tensors: AttentionTensors, direction: str
+) -> tuple[AttentionTensors, Terms, Slots | None]:
+    """Read bias, mask and intervals once (S4, V3, V4), and gather the keys where that applies.
+
+    Args:
+        problem, tensors: of the call.
+        direction: "forward" or "backward", for which segments have lengths of their own.
+
+    Returns:
+        The tensors whose keys the kernels visit, the terms, and the slots of gathered keys.
+    """
+    block = tuning.mask_block(problem)
     packed = problem.mask is not None and problem.mask[2] != 1
     listed = problem.mask is not None or problem.intervals is not None
-    return Terms(
+    compacted = compaction.applies(problem)
+    gathers_bias = compacted and problem.bias is not None and problem.bias[2] == 1
+    ranges, live = key_ranges(problem, tensors, block) if listed else (None, None)
+    terms = Terms(
         arguments.bounds(problem),
         arguments.score(problem),
-        None if tensors.bias is None else _bias(problem, tensors.bias),
+        None if tensors.bias is None or gathers_bias else _bias(problem, tensors.bias),
         _pack_mask(problem, tensors.mask, block) if packed else None,
-        key_ranges(problem, tensors, block) if listed else None,
+        ranges,
         block,
     )
+    if not compacted:
+        return tensors, terms, None
+    rows = tuning.segment_rows(problem, direction, compaction.keys_per_row(problem))
+    return compaction.compact(problem, tensors, terms, live, rows)
 
 
 def _bias(problem: AttentionProblem, bias: Tensor) -> Bias:
@@ -87,11 +105,11 @@ def _pack_mask(problem: AttentionProblem, mask: Tensor, block: int) -> PackedMas
     n_rows = arguments.padded(rows)
     n_words = 1 if keys == 1 else arguments.padded(keys) // 32
     words = mask.new_empty((batch, heads, n_rows, n_words), dtype=torch.int32)
-    n_columns = triton.cdiv(n_words * 32, block)
+    n_columns = ceil_div(n_words * 32, block)
     classes = mask.new_empty((batch, heads, n_rows // block, n_columns), dtype=torch.int8)
-    grid = (batch * heads * (n_rows // block) * triton.cdiv(n_words * 32, PACK_CHUNK),)
+    grid = (batch * heads * (n_rows // block) * ceil_div(n_words * 32, PACK_CHUNK),)
     pieces, keys_a_piece = _pieces(mask)
-    tiles.pack_mask_kernel[grid](
+    packing.pack_mask_kernel[grid](
         pieces,
         *pieces.stride(),
         words,
@@ -119,8 +137,12 @@ def _pieces(mask: Tensor) -> tuple[Tensor, int]:
     return mask.view(torch.int8), 1
 
 
-def key_ranges(problem: AttentionProblem, tensors: AttentionTensors, block: int) -> Ranges:
-    """V1, V2, V4, V6 and a key mask as one run of rows per key."""
+def key_ranges(
+    problem: AttentionProblem, tensors: AttentionTensors, block: int
+) -> tuple[Ranges, Tensor]:
+    """V1, V2, V4, V6 and a key mask as one run of rows per key; and, int32 `[.., blocks]`, how many
+    keys of each block any row sees.
+    """
     sizes = [(1, 1)]
     intervals: _Intervals | None = None
     keys: _KeyMask | None = None
@@ -144,11 +166,13 @@ def key_ranges(problem: AttentionProblem, tensors: AttentionTensors, block: int)
     )
     blocks = length // block
     extrema = torch.empty((batch, heads, blocks, 4), dtype=torch.int32, device=device)
+    live = torch.empty((batch, heads, blocks), dtype=torch.int32, device=device)
     heads_per_head = problem.heads_q // heads
     tiles.key_ranges_kernel[(batch * heads * blocks,)](
         first,
         last,
         extrema,
+        live,
         *arguments.bounds(problem),
         intervals,
         keys,
@@ -161,33 +185,54 @@ def key_ranges(problem: AttentionProblem, tensors: AttentionTensors, block: int)
     bits_suffice = problem.mask is not None and problem.mask[2] != 1 and problem.mask[3] > 1
     ruled = problem.causal or problem.window != (None, None) or problem.intervals is not None
     binding = tl.constexpr(ruled or not bits_suffice)
-    return Ranges(first, last, *strides, extrema, *broadcast_strides(extrema)[:2], binding)
+    extrema_strides = broadcast_strides(extrema)[:2]
+    return Ranges(first, last, *strides, extrema, *extrema_strides, binding), live
 
 
 def list_tiles(
-    problem: AttentionProblem, terms: Terms, tile: Tile, *, transposed: bool = False
+    problem: AttentionProblem,
+    terms: Terms,
+    slots: Slots | None,
+    tile: Tile,
+    *,
+    transposed: bool = False,
 ) -> TileLists | None:
     """The tiles to visit for each query tile, or (transposed) for each key tile.
 
-    None where bounds alone decide.
+    None where kernels work them out from bounds alone or, transposed, from the ranges of slots.
     """
-    if terms.ranges is None:
+    if terms.ranges is None or (transposed and slots is not None):
         return None
     sizes = [terms.ranges.first.shape[:2]]
     if terms.mask is not None:
         sizes.append(terms.mask.words.shape[:2])
     batch, heads = _broadcast(sizes)
-    own, other = (
-        triton.cdiv(problem.seqlen_q, tile.block_m),
-        triton.cdiv(problem.seqlen_k, tile.block_n),
-    )
+    own = ceil_div(terms.bounds.seqlen_q, tile.block_m)
+    other = ceil_div(terms.bounds.seqlen_k, tile.block_n)
     if transposed:
         own, other = other, own
-    device = terms.ranges.first.device
-    index = torch.empty((batch, heads, own, other), dtype=torch.int32, device=device)
-    counts = torch.empty((batch, heads, own, 2), dtype=torch.int32, device=device)
+    strides = (0 if batch == 1 else heads * own, 0 if heads == 1 else own)
     heads_per_list = problem.heads_q // heads
-    tiles.list_tiles_kernel[(batch * heads * own,)](
+    sizes = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SUB": terms.block}
+    if slots is not None and compaction.spans(problem, slots):
+        index = terms.ranges.first.new_empty(batch * heads * own * 4)
+        tiles_k = slots.capacity // tile.block_n
+        tiles.span_tiles_kernel[(batch * heads * own,)](
+            index,
+            *terms.bounds,
+            terms.ranges,
+            heads,
+            heads_per_list,
+            slots.rows,
+            tiles_k,
+            TILES=power_of_2(tiles_k),
+            **sizes,
+        )
+        return TileLists(index, index, 4, *strides, heads_per_list, tl.constexpr(True))
+    n = batch * heads * own
+    record = terms.ranges.first.new_empty(n * (other + 2))
+    index, counts = record[: n * other], record[n * other :]
+    tiles.list_tiles_kernel[(n,)](
         index,
         counts,
         *terms.bounds,
@@ -195,15 +240,11 @@ def list_tiles(
         terms.ranges,
         heads,
         heads_per_list,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        SUB=terms.block,
         TRANSPOSED=transposed,
         CHUNK=LIST_CHUNK,
+        **sizes,
     )
-    return TileLists(
-        index, counts, 0 if batch == 1 else heads * own, 0 if heads == 1 else own, heads_per_list
-    )
+    return TileLists(index, counts, other, *strides, heads_per_list, tl.constexpr(False))
 
 
 def _broadcast(sizes: list[tuple[int, ...]]) -> list[int]:

@@ -218,6 +218,17 @@ def visible(
 
 
 @triton.jit
+def hide_if(
+    hides, x, b, h, start_q, start_k, bounds, ranges, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Scores x with those of hidden elements at -inf (N2), if the tile hides any."""
+    if hides:
+        keep = visible(b, h, start_q, start_k, bounds, None, ranges, BLOCK_M, BLOCK_N, False)
+        x = tl.where(keep, x, float("-inf"))
+    return x
+
+
+@triton.jit
 def scores(x, b, h, i, j, score, bias, bounds):
     """(s, slope) of S1, S2 and S4 for raw products x: slope is that of S2, which G1 needs.
 

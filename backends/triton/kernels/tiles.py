@@ -1,22 +1,20 @@
-"""Preparation: which tiles hold nothing, something or everything visible.
+"""Which tiles hold nothing, something or everything visible.
 
-Two modes. With bounds alone (V1, V2, V6) the tiles of a row are a few ranges that the attention
+Three modes. With bounds alone (V1, V2, V6) the tiles of a row are a few ranges that the attention
 kernels work out for themselves (`key_tile_span`, `query_tile_span`). With a mask or intervals (V3,
 V4) small kernels run first, without synchronisation: `key_ranges` turns every rule on keys into one
-run of rows per key, `pack_mask` reads a mask that depends on the row once, and `list_tiles` writes,
-for every tile row, the tiles to visit: full ones from the front of the list, partial ones from its
-back.
+run of rows per key. Over gathered keys the tiles of a row are then one span, which `span_tiles`
+writes, and those of a tile of keys follow from its ranges (`slot_tile_span`). In general
+`list_tiles` writes, for every tile row, the tiles to visit: full ones from the front of the list,
+partial ones from its back.
 """
 
 import triton
 import triton.language as tl
 
 from .arguments import Bounds
+from .packing import EMPTY, FULL
 from .primitives import ALWAYS, NEVER, bound_range
-
-EMPTY: tl.constexpr = tl.constexpr(0)
-PARTIAL: tl.constexpr = tl.constexpr(1)
-FULL: tl.constexpr = tl.constexpr(2)
 
 
 @triton.jit
@@ -91,8 +89,49 @@ def query_tile_span(bounds, start_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
 
 
 @triton.jit
+def slot_tile_span(
+    slots,
+    ranges,
+    b,
+    h,
+    tile_k,
+    seqlen_q,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SUB: tl.constexpr,
+):
+    """Query tiles of one tile of slots, as `query_tile_span`: those between the first row that sees
+    one of its keys and the last.
+    """
+    start_q = tile_k * BLOCK_N // slots.capacity * slots.rows
+    end_q = tl.minimum(start_q + slots.rows, seqlen_q)
+    at = (
+        ranges.extrema
+        + tl.cast(b, tl.int64) * ranges.extrema_batch
+        + tl.cast(h // ranges.heads_per_head, tl.int64) * ranges.extrema_head
+        + tile_k * BLOCK_N // SUB * 4
+    )
+    first = end_q
+    full_first = start_q
+    full_end = end_q
+    end = start_q
+    for part in tl.static_range((BLOCK_N + SUB - 1) // SUB):
+        first = tl.minimum(first, tl.load(at + part * 4))
+        full_first = tl.maximum(full_first, tl.load(at + part * 4 + 1))
+        # in the segment before 1 is added: the greatest integer has no successor
+        last = tl.maximum(tl.load(at + part * 4 + 2), start_q - 1)
+        full_end = tl.minimum(full_end, tl.minimum(last, end_q - 1) + 1)
+        end = tl.maximum(end, tl.minimum(tl.load(at + part * 4 + 3), end_q - 1) + 1)
+    low = tl.maximum(first, start_q) // BLOCK_M
+    high = tl.maximum(tl.cdiv(end, BLOCK_M), low)
+    full_low = tl.minimum(tl.cdiv(tl.minimum(full_first, end_q), BLOCK_M), high)
+    full_high = tl.maximum(full_end // BLOCK_M, full_low)
+    return low, full_low, full_high, high
+
+
+@triton.jit
 def key_tiles(bounds, lists, b, h, tile_q, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(tiles, full, partial): the key tiles that a query tile visits, for `nth_key_tile`, and how
+    """(tiles, full, partial): the key tiles that a query tile visits, for `nth_tile`, and how
     many there are of each class.
     """
     if lists is None:
@@ -101,18 +140,40 @@ def key_tiles(bounds, lists, b, h, tile_q, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
         n_full = full_high - full_low
         n_partial = sinks + (full_low - low) + (high - full_high)
     else:
-        n_tiles = tl.cdiv(bounds.seqlen_k, BLOCK_N)
-        index, n_full, n_partial = tile_list(lists, b, h, tile_q, n_tiles)
-        tiles = (index, n_tiles)
+        tiles, n_full, n_partial = listed_tiles(lists, b, h, tile_q)
     return tiles, n_full, n_partial
 
 
 @triton.jit
-def nth_key_tile(tiles, lists, t, PARTIAL: tl.constexpr):
-    """Number of the t-th full or partial tile among `key_tiles`."""
-    if lists is not None:
-        index, n_tiles = tiles
-        tile_k = tl.load(index + (n_tiles - 1 - t if PARTIAL else t))
+def listed_tiles(lists, b, h, own):
+    """As `key_tiles`, of a tile row of `lists`."""
+    listed = (
+        tl.cast(b, tl.int64) * lists.batch
+        + tl.cast(h // lists.heads_per_head, tl.int64) * lists.head
+        + own
+    )
+    index = lists.index + listed * lists.length
+    if lists.spans:
+        low = tl.load(index)
+        full_low = tl.load(index + 1)
+        full_high = tl.load(index + 2)
+        high = tl.load(index + 3)
+        tiles = (0, low, full_low, full_high, high)
+        n_full = full_high - full_low
+        n_partial = (full_low - low) + (high - full_high)
+    else:
+        tiles = index
+        n_full = tl.load(lists.counts + listed * 2)
+        n_partial = tl.load(lists.counts + listed * 2 + 1)
+    return tiles, n_full, n_partial
+
+
+@triton.jit
+def nth_tile(tiles, lists, t, PARTIAL: tl.constexpr):
+    """Number of the t-th full or partial tile, of those that `key_tiles` or a span gives."""
+    LISTED: tl.constexpr = lists is not None and not lists.spans
+    if LISTED:
+        tile_k = tl.load(tiles + (lists.length - 1 - t if PARTIAL else t))
     else:
         sinks, low, full_low, full_high, _high = tiles
         if PARTIAL:
@@ -124,15 +185,10 @@ def nth_key_tile(tiles, lists, t, PARTIAL: tl.constexpr):
 
 
 @triton.jit
-def tile_list(lists, b, h, own, n_other):
-    """(index, full, partial): a tile row's list and how many tiles of each class it holds."""
-    listed = (
-        tl.cast(b, tl.int64) * lists.batch
-        + tl.cast(h // lists.heads_per_head, tl.int64) * lists.head
-        + own
-    )
-    counts = lists.counts + listed * 2
-    return lists.index + listed * n_other, tl.load(counts), tl.load(counts + 1)
+def nth_of_span(tiles, t):
+    """(number, partial): the t-th tile of a span, and whether it is not full."""
+    _sinks, low, full_low, full_high, _high = tiles
+    return low + t, (low + t < full_low) | (low + t >= full_high)
 
 
 @triton.jit
@@ -200,77 +256,6 @@ def classify(
     return some, all_ & some
 
 
-@triton.jit(do_not_specialize=["heads"])
-def pack_mask_kernel(
-    source,
-    source_batch,
-    source_head,
-    source_row,
-    source_key,
-    words,
-    classes,
-    seqlen_q,
-    seqlen_k,
-    n_rows,
-    n_words,
-    heads,
-    SUB: tl.constexpr,
-    CHUNK: tl.constexpr,
-    KEYS: tl.constexpr,
-    ONE_KEY: tl.constexpr,
-):
-    """Bits and block classes of one [SUB, CHUNK] piece of a boolean mask, read KEYS (1 or 4) bytes
-    at a time; strides count such pieces.
-
-    Grid batch * heads * row blocks * chunks, over rows padded to n_rows and keys to 32 * n_words:
-    bits of what does not exist are 0. With ONE_KEY the mask has one column, which stands for every
-    key: a word is all ones or all zeros.
-    """
-    chunks = tl.cdiv(n_words * 32, CHUNK)
-    row_blocks = n_rows // SUB
-    chunk = tl.program_id(0) % chunks
-    row_block = tl.program_id(0) // chunks % row_blocks
-    plane = tl.program_id(0) // (chunks * row_blocks)
-    b = plane // heads
-    h = plane % heads
-    rows = row_block * SUB + tl.arange(0, SUB)
-    piece = chunk * (CHUNK // KEYS) + tl.arange(0, CHUNK // KEYS)
-    exists = (rows < seqlen_q)[:, None] & (piece * KEYS < seqlen_k)[None, :]
-    base = source + tl.cast(b, tl.int64) * source_batch + tl.cast(h, tl.int64) * source_head
-    at = rows.to(tl.int64)[:, None] * source_row + piece.to(tl.int64)[None, :] * source_key
-    value = tl.load(base + at, mask=exists, other=0)
-    if KEYS == 4:  # the product moves the low bit of byte i to bit 28 + i
-        value = (value * 0x10204080) >> 28 & 15
-    bits = tl.reshape(value.to(tl.int32), [SUB, CHUNK // 32, 32 // KEYS])
-    packed = tl.sum(bits << (tl.arange(0, 32 // KEYS) * KEYS)[None, None, :], axis=2)
-    if ONE_KEY:
-        packed = -packed
-    plane = plane.to(tl.int64)
-    word = chunk * (CHUNK // 32) + tl.arange(0, CHUNK // 32)
-    target = words + (plane * n_rows + rows[:, None]) * n_words + word[None, :]
-    tl.store(target, packed, mask=(word < n_words)[None, :])
-
-    # A block holds 2 words a row: whether any bit is set, and whether all bits that exist are.
-    missing = tl.where((rows < seqlen_q)[:, None], _missing_bits(word, seqlen_k), -1)
-    some = tl.max(tl.reshape((packed != 0).to(tl.int32), [SUB, CHUNK // SUB, SUB // 32]), axis=2)
-    whole = ((packed | missing) == -1).to(tl.int32)
-    every = tl.min(tl.reshape(whole, [SUB, CHUNK // SUB, SUB // 32]), axis=2)
-    some = tl.max(some, axis=0)
-    every = tl.min(every, axis=0)
-    n_columns = tl.cdiv(n_words * 32, SUB)
-    column = chunk * (CHUNK // SUB) + tl.arange(0, CHUNK // SUB)
-    entry = classes + (plane * row_blocks + row_block) * n_columns + column
-    tl.store(entry, (some + some * every).to(tl.int8), mask=column < n_columns)
-
-
-@triton.jit
-def _missing_bits(word, seqlen_k):
-    """[1, words]: the bits of each word whose keys are not below seqlen_k."""
-    left = tl.minimum(tl.maximum(seqlen_k - word * 32, 0), 32)
-    present = tl.where(left == 32, -1, (1 << tl.minimum(left, 31)) - 1)
-    return (~present)[None, :]
-
-
 @triton.jit
 def store_extrema(extrema, block, first, last):
     """Least and greatest first and last row of a block of keys, for `classify`."""
@@ -286,6 +271,7 @@ def key_ranges_kernel(
     first_row,
     last_row,
     extrema,
+    live,
     seqlen_q,
     seqlen_k,
     left,
@@ -299,7 +285,8 @@ def key_ranges_kernel(
     blocks,
     SUB: tl.constexpr,
 ):
-    """Rows that see each of SUB keys, and their extrema; grid batch * heads * blocks.
+    """Rows that see each of SUB keys, their extrema, and how many of the keys any row sees; grid
+    batch * heads * blocks.
 
     A hidden key starts never and has ended before it starts.
     """
@@ -335,6 +322,7 @@ def key_ranges_kernel(
     tl.store(first_row + at, first)
     tl.store(last_row + at, last)
     store_extrema(extrema, tl.cast(plane, tl.int64) * blocks + block, first, last)
+    tl.store(live + tl.program_id(0), tl.sum(shown.to(tl.int32), 0))
 
 
 @triton.jit(do_not_specialize=[*Bounds._fields, "heads", "heads_per_list"])
@@ -392,3 +380,50 @@ def list_tiles_kernel(
         n_partial += tl.sum(partial, axis=0)
     tl.store(counts + list_at * 2, n_full)
     tl.store(counts + list_at * 2 + 1, n_partial)
+
+
+@triton.jit(do_not_specialize=[*Bounds._fields, "heads", "heads_per_list", "rows", "tiles"])
+def span_tiles_kernel(
+    index,
+    seqlen_q,
+    seqlen_k,
+    left,
+    right,
+    left_sinks,
+    right_sinks,
+    ranges,
+    heads,
+    heads_per_list,
+    rows,
+    tiles,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SUB: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """The span of one query tile among the `tiles` tiles of its segment's slots, of which there are
+    TILES at most; grid batch * list heads * query tiles.
+
+    Full are those of the first run of full tiles.
+    """
+    bounds = Bounds(seqlen_q, seqlen_k, left, right, left_sinks, right_sinks)
+    tiles_q = tl.cdiv(bounds.seqlen_q, BLOCK_M)
+    tile_q = tl.program_id(0) % tiles_q
+    plane = tl.program_id(0) // tiles_q
+    b = plane // heads
+    h = (plane % heads) * heads_per_list
+    start = tile_q * BLOCK_M // rows * tiles
+    nth = tl.arange(0, TILES)
+    some, whole = classify(tile_q, start + nth, b, h, bounds, None, ranges, BLOCK_M, BLOCK_N, SUB)
+    some = some & (nth < tiles)
+    whole = whole & (nth < tiles)
+    low = tl.min(tl.where(some, nth, TILES), 0)
+    high = tl.max(tl.where(some, nth + 1, 0), 0)
+    low = tl.minimum(low, high)
+    full_low = tl.minimum(tl.min(tl.where(whole, nth, TILES), 0), high)
+    full_high = tl.minimum(tl.min(tl.where(whole | (nth < full_low), TILES, nth), 0), high)
+    entry = index + tl.program_id(0).to(tl.int64) * 4
+    tl.store(entry, start + low)
+    tl.store(entry + 1, start + full_low)
+    tl.store(entry + 2, start + full_high)
+    tl.store(entry + 3, start + high)

@@ -12,13 +12,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flash_sparse_attn.problem import AttentionProblem
+
+from .sizes import ceil_div, power_of_2
 
 TABLE = tomllib.loads(Path(__file__).with_name("tuning.toml").read_text(encoding="utf-8"))
 
 MASK_BLOCK = 64
 """Rows and keys of a block of the mask's classes (V3) and keys of the intervals' summaries (V4)."""
 INTERPRETED_MASK_BLOCK = 32
+
+SEGMENT_SCALE = {"forward": 2, "backward": 4}
+"""Rows of a segment for each key that a row sees, all heads of a group together: they share what a
+copy of a key, and its gradient's parts, cost."""
+FEWEST_SEGMENT_ROWS = 512
+INTERPRETED_SEGMENT_ROWS = 64
+
+PARTS_PER_MULTIPROCESSOR = 8
+"""Programs of a kernel, for those too many to run at once to even out."""
+INTERPRETED_PARTS = 5
 
 
 @dataclass(frozen=True)
@@ -49,10 +63,11 @@ class Tile:
         }
 
 
-def tile(kernel: str, problem: AttentionProblem) -> Tile:
-    """The tile of a kernel for a problem."""
-    unfit = set()
-    if not problem.terms() <= {"causal", "window", "sinks"}:
+def tile(kernel: str, problem: AttentionProblem, gathered: bool = False) -> Tile:
+    """The tile of a kernel for a problem, over all keys or over gathered ones."""
+    unfit = set() if gathered else {"gathered"}
+    light = {"causal", "window", "sinks"} | ({"mask", "intervals"} if gathered else set())
+    if not problem.terms() <= light:
         unfit.add("bare")
     if problem.bias is not None and 1 not in problem.bias[2:] and problem.bias_dtype.itemsize == 4:
         unfit.add("light")
@@ -66,6 +81,31 @@ def mask_block(problem: AttentionProblem) -> int:
     Smaller in the interpreter, so that small cases have several.
     """
     return INTERPRETED_MASK_BLOCK if problem.arch is None else MASK_BLOCK
+
+
+def segment_rows(problem: AttentionProblem, direction: str, keys_per_row: int | None) -> int:
+    """Rows of a segment: a power of two and a multiple of every tile's rows.
+
+    More rows leave fewer copies of a key, and gradients of it to add up; fewer rows leave fewer
+    keys that part of a segment's rows do not see.
+    """
+    if problem.arch is None:
+        return INTERPRETED_SEGMENT_ROWS
+    scale = max(1, SEGMENT_SCALE[direction] // problem.group)
+    return max(FEWEST_SEGMENT_ROWS, scale * power_of_2(keys_per_row or 1))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def parts(problem: AttentionProblem, device: torch.device) -> int:
+    """Programs that a plane of keys should keep busy."""
+    if problem.arch is None:
+        return INTERPRETED_PARTS
+    every = _multiprocessors(device) * PARTS_PER_MULTIPROCESSOR
+    return ceil_div(every, problem.batch * problem.heads_kv)
 
 
 @functools.cache

@@ -1,0 +1,96 @@
+"""The operator `flash_sparse_attn::topk_intervals`: the choice of keys M5, on every device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import reference, registry
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""What the kernels of backends rank: scores that float32 holds exactly."""
+
+_library = torch.library.Library("flash_sparse_attn", "FRAGMENT")
+_library.define(
+    "topk_intervals(Tensor scores, SymInt seqlen_q, SymInt window_size, bool causal, "
+    "Tensor? key_padding_mask) -> (Tensor start, Tensor end)"
+)
+
+
+def topk_intervals(
+    scores: Tensor,
+    seqlen_q: int,
+    window_size: int,
+    causal: bool = True,
+    key_padding_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The rows at which each key is among the w best (M5).
+
+    CUDA tensors of `KERNEL_DTYPES` go to the first available backend that has a kernel for it, all
+    others (float64 too) to the operations of the reference; the results are the same integers.
+
+    Args:
+        scores: floating `[{B,1}, {Hkv,1}, Sk]`, any strides.
+        seqlen_q: Sq.
+        window_size: w >= 1.
+        causal: row i chooses among the keys j <= p_i; otherwise among all.
+        key_padding_mask: bool, broadcastable with `scores`; keys that are False take no part.
+
+    Returns:
+        (start, end), int32, contiguous, of the broadcast shape; end = start where no row sees the
+        key. Not differentiable.
+    """
+    return torch.ops.flash_sparse_attn.topk_intervals(
+        scores, seqlen_q, window_size, causal, key_padding_mask
+    )
+
+
+def _topk_intervals(
+    scores: Tensor,
+    seqlen_q: int,
+    window_size: int,
+    causal: bool,
+    key_padding_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if scores.is_cuda and scores.dtype in KERNEL_DTYPES:
+        implementation = _on_gpu()
+    else:
+        implementation = _by_reference
+    return implementation(scores, seqlen_q, window_size, causal, key_padding_mask)
+
+
+def _topk_intervals_fake(
+    scores: Tensor,
+    seqlen_q: int,
+    window_size: int,
+    causal: bool,
+    key_padding_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    shape = scores.shape
+    if key_padding_mask is not None:
+        shape = torch.broadcast_shapes(shape, key_padding_mask.shape)
+    start, end = (scores.new_empty(shape, dtype=torch.int32) for _ in range(2))
+    return start, end
+
+
+@functools.cache
+def _on_gpu() -> Callable[..., tuple[Tensor, Tensor]]:
+    """The selection of the first available backend that has one, or that of the reference."""
+    for name in registry.names():
+        if not registry.availability(name):
+            kernel = getattr(registry.load(name), "topk_intervals", None)
+            if kernel is not None:
+                return kernel
+    return _by_reference
+
+
+def _by_reference(*arguments: object) -> tuple[Tensor, Tensor]:
+    start, end = reference.topk_intervals(*arguments)
+    return start.contiguous(), end.contiguous()
+
+
+_library.impl("topk_intervals", _topk_intervals, "CompositeExplicitAutograd")
+torch.library.register_fake("flash_sparse_attn::topk_intervals", _topk_intervals_fake, lib=_library)
