@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from flash_sparse_attn import IntervalMask, flash_sparse_attn_func, flash_sparse_attn_varlen_func
+from flash_sparse_attn import (
+    IntervalMask,
+    dispatch,
+    flash_sparse_attn_func,
+    flash_sparse_attn_varlen_func,
+)
 from flash_sparse_attn.problem import OPTION_NAMES, AttentionOptions
 from flash_sparse_attn.tensors import TENSOR_NAMES, AttentionTensors
 
@@ -27,17 +32,18 @@ def flat(tensors, options, grads):
 @pytest.mark.parametrize("terms", ["plain", "bias", "intervals", "gates"])
 def test_opcheck(terms):
     q, k, v = make()
-    fields, grads, gate = {}, "q,k,v", None
+    fields, grads, more = {}, "q,k,v", {}
     if terms == "bias":
         fields["bias"], grads = torch.randn(1, 2, 1, 16, requires_grad=True), "q,k,v,bias"
     if terms == "intervals":
         mask = IntervalMask.topk(torch.randn(2, 2, 16), 5, seqlen_q=12)
         fields |= {"interval_start": mask.start, "interval_end": mask.end}
+        more["keys_per_row"] = mask.keys_per_row
     if terms == "gates":
         fields["gate_q"] = torch.randn(2, 12, 4, requires_grad=True)
         fields["gate_k"] = torch.randn(2, 16, 2, requires_grad=True)
-        gate, grads = "logsigmoid", "q,k,v,gate_q,gate_k"
-    options = AttentionOptions(softmax_scale=0.3, causal=True, gate=gate)
+        more["gate"], grads = "logsigmoid", "q,k,v,gate_q,gate_k"
+    options = AttentionOptions(softmax_scale=0.3, causal=True, **more)
     arguments = flat(AttentionTensors(q, k, v, **fields), options, grads)
     results = torch.library.opcheck(torch.ops.flash_sparse_attn.forward.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
@@ -72,6 +78,19 @@ def test_compile_with_dynamic_lengths():
     for length in (8, 11, 17):
         q, k, v = make(length, length)
         torch.testing.assert_close(step(q, k, v), flash_sparse_attn_func(q, k, v, is_causal=True))
+
+
+@pytest.mark.parametrize("window_size", [5, 12, 100])
+def test_compile_of_top_keys_with_dynamic_lengths(window_size):
+    """The number of keys that a row sees is the smaller of two, one of which is dynamic."""
+
+    def step(q, k, v, scores):
+        return flash_sparse_attn_func(q, k, v, IntervalMask.topk(scores, window_size))
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for length in (8, 11, 17):
+        inputs = (*make(length, length), torch.randn(2, 2, length))
+        torch.testing.assert_close(compiled(*inputs), step(*inputs), rtol=0, atol=0)
 
 
 def test_bias_alone_requires_grad():
@@ -131,12 +150,16 @@ def test_autocast_takes_its_dtype():
     assert q.grad.dtype == torch.float32
 
 
-def test_deterministic_flag_of_torch_reaches_the_problem(monkeypatch):
-    from flash_sparse_attn import dispatch
-
+@pytest.fixture
+def problems(monkeypatch):
+    """Problems of the calls so far."""
     seen = []
     select = dispatch.select
     monkeypatch.setattr(dispatch, "select", lambda p, name: seen.append(p) or select(p, name))
+    return seen
+
+
+def test_deterministic_flag_of_torch_reaches_the_problem(problems):
     q, k, v = make(grad=False)
     flash_sparse_attn_func(q, k, v)
     torch.use_deterministic_algorithms(True)
@@ -144,7 +167,19 @@ def test_deterministic_flag_of_torch_reaches_the_problem(monkeypatch):
         flash_sparse_attn_func(q, k, v)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert [p.deterministic for p in seen] == [False, True]
+    assert [p.deterministic for p in problems] == [False, True]
+
+
+def test_keys_of_a_row_reach_the_problem(problems):
+    """0 where a mask does not say, and where there is none."""
+    q, k, v = make(grad=False)
+    top = IntervalMask.topk(torch.randn(1, 1, 16), 5, seqlen_q=12)
+    window = IntervalMask.window(12, 16, 2, 0)
+    unknown = IntervalMask.causal(12, 16)
+    padding = torch.ones(2, 1, 1, 16, dtype=torch.bool)
+    for mask in (top, window, top & window, top & unknown, (padding, top), unknown, padding, None):
+        flash_sparse_attn_func(q, k, v, mask)
+    assert [p.keys_per_row for p in problems] == [5, 3, 3, 5, 5, 0, 0, 0]
 
 
 def test_packed_form_through_the_operators():
