@@ -32,8 +32,8 @@ class Settings:
         steps: updates.
         batch_size: sequences an update at full length; as many tokens at every length.
         learning_rate: at its peak; linear warm-up over `warmup` steps, then half a cosine to 0.
-    selection_rate: the learning rate of Δ and A over that of the others. They learn from the bias
-        alone, which is at most 1, and only from keys that are kept.
+        selection_rate: the learning rate of Δ and A over that of the others. They learn from the
+            bias alone, which is at most 1 while A is negative, and only from keys that are kept.
         warmup: steps.
         eval_sequences: full-length sequences that accuracy is measured on, the same every time.
         evaluations: how often on the way.

@@ -21,7 +21,7 @@ from flash_sparse_attn.utils import mask, padding
 
 ROOT = Path(__file__).resolve().parents[2]
 READMES = ("README.md", "README_zh.md")
-PAGES = (*READMES, "docs/api.md", "docs/masks.md")
+PAGES = (*READMES, "docs/api.md", "docs/masks.md", "docs/modules.md")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
