@@ -29,7 +29,7 @@ class IntervalMask:
         end: int32, same shape, row after the last that sees it; an empty interval hides the key.
         keys_per_row: w if any n consecutive rows see at most w + n - 1 keys by these intervals;
             None = unknown. Kernels cut rows into segments and size their memory by it, so that
-            scattered keys cost what a window costs; where it does not hold, results are NaN.
+            scattered keys cost what a window costs; rows for which it does not hold give NaN.
 
     Raises:
         TypeError: not int32 tensors, or `keys_per_row` is not an int (E1, E3).

@@ -155,8 +155,10 @@ class Call:
         del options["backend"]
         if options["softmax_scale"] is None:
             options["softmax_scale"] = self.case.sizes.head_dim**-0.5
+        interval_masks = (x for x in self.masks_alone() if isinstance(x, fsa.IntervalMask))
         described = AttentionOptions(
             **options,
+            keys_per_row=max((mask.keys_per_row or 0 for mask in interval_masks), default=0),
             form=self.case.form,
             window_left=left,
             window_right=right,

@@ -18,12 +18,11 @@ PACKAGE = "flash_sparse_attn.reference"
 
 
 def _modules() -> dict[str, ModuleType]:
-    """The modules of the reference by their short names."""
-    prefix = f"{PACKAGE}."
+    """The reference and its modules, these by their short names."""
     return {
-        name.removeprefix(prefix): module
+        name.removeprefix(f"{PACKAGE}."): module
         for name, module in sys.modules.items()
-        if name.startswith(prefix)
+        if name == PACKAGE or name.startswith(f"{PACKAGE}.")
     }
 
 
@@ -37,7 +36,8 @@ def _apply(mutant: Mutant, patch: pytest.MonkeyPatch) -> None:
             patch.setattr(owner, method, change(getattr(owner, method)))
             continue
         holders = [modules[module]] if module else list(modules.values())
-        holders = [holder for holder in holders if hasattr(holder, name)]
+        found = [holder for holder in holders if hasattr(holder, name)]
+        holders = [x for x in found if not isinstance(getattr(x, name), ModuleType)]
         originals = {id(getattr(holder, name)) for holder in holders}
         assert len(originals) == 1, f"{target}: the reference has {len(originals)} of this name"
         wrong = change(getattr(holders[0], name))

@@ -246,13 +246,15 @@ def gather_keys_kernel(
     key = tl.load(slots.key + record, mask=used, other=0)
     enters = tl.load(first + plane * length + key, mask=used, other=NEVER)
     leaves = tl.load(last + plane * length + key, mask=used, other=ALWAYS)
+    # Keys that keys_per_row left no slot for: every row of the segment sees the NaN below.
+    lost = count > slots.capacity
+    enters = tl.where(used & lost, ALWAYS, enters)
+    leaves = tl.where(used & lost, NEVER, leaves)
     store_extrema(extrema, plane * tiles + tile, enters, leaves)
     if start // LARGEST * LARGEST - segment * slots.capacity < count:
         tl.store(first_out + record, enters)
         tl.store(last_out + record, leaves)
         _copy_rows(k, k_out, b, n, key, slot, used, False, D, BLOCK_D)
-        # Keys that keys_per_row left no slot for: the answer is NaN, not that of another mask.
-        lost = count > slots.capacity
         _copy_rows(v, v_out, b, n, key, slot, used, lost, D, BLOCK_D)
         if bias is not None:
             for g in tl.static_range(BIAS_HEADS):
@@ -298,7 +300,7 @@ def keys_per_row(problem: AttentionProblem) -> int | None:
     left, right = problem.window_left, 0 if problem.causal else problem.window_right
     if left is not None and right is not None:
         known.append(left + right + 1 + problem.sinks)
-    return min(known, default=None)
+    return min(*known, problem.seqlen_k) if known else None
 
 
 def compact(

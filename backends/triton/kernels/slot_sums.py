@@ -196,7 +196,8 @@ def _target(index, start, times, nth, shares, n_targets, BLOCK_N: tl.constexpr):
     has = nth // shares < times
     slot = tl.load(index + start + nth // shares, mask=has, other=0)
     target = (slot // BLOCK_N * shares + nth % shares) * BLOCK_N + slot % BLOCK_N
-    return target, has & (target < n_targets)
+    # A key that keys_per_row left no slot for has no entry in the index.
+    return target, has & (slot >= 0) & (target >= 0) & (target < n_targets)
 
 
 @triton.jit

@@ -315,7 +315,7 @@ def key_ranges_kernel(
             + j.to(tl.int64) * keys.key
         )
         exists = exists & (tl.load(keys.pointer + at, mask=exists, other=0) != 0)
-    shown = exists & (first <= last)
+    shown = exists & (first <= last) & (first < bounds.seqlen_q) & (last >= 0)
     first = tl.where(shown, first, NEVER)
     last = tl.where(shown, last, ALWAYS)
     at = (tl.cast(plane, tl.int64) * blocks + block) * SUB + tl.arange(0, SUB)

@@ -17,6 +17,8 @@ from flash_sparse_attn.tensors import DIFFERENTIABLE, AttentionTensors
 from flash_sparse_attn.validation import describe
 from tests.conformance.poison import poisoned_memory
 
+from .memory import checked_memory
+
 Results = dict[str, Tensor]
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3}
@@ -78,11 +80,13 @@ def run(
     dlse: Tensor | None,
     grads: tuple[str, ...],
 ) -> Results:
-    """o, lse and d<name> for every name in `grads`, from memory that held garbage."""
+    """o, lse and d<name> for every name in `grads`, from memory that held garbage, every access to
+    it checked.
+    """
     problem = describe(tensors, options, grads)
     against = backend.unsupported(problem)
     assert not against, against
-    with poisoned_memory("cpu"):
+    with poisoned_memory("cpu"), checked_memory():
         o, lse = backend.forward(problem, tensors)
         gradients = backend.backward(problem, tensors, o, lse, do, dlse)
     assert tuple(gradients) == problem.grads

@@ -12,67 +12,18 @@ import triton.language as tl
 from flash_sparse_attn.backends.triton.kernels import arguments, preparation, tuning
 from flash_sparse_attn.backends.triton.kernels.arguments import Bounds
 from flash_sparse_attn.backends.triton.kernels.tiles import key_tile_span, query_tile_span
-from flash_sparse_attn.reference.terms import Terms
-from flash_sparse_attn.reference.visibility import visible_pairs
-from torch import Tensor
 from torch.nn import functional as F
 
 from flash_sparse_attn.masks import IntervalMask
-from flash_sparse_attn.problem import AttentionOptions
-from flash_sparse_attn.tensors import AttentionTensors
-from flash_sparse_attn.validation import describe
 
 from .calls import Draw
+from .pairs import Call, classes_of, tiles_with_everything, tiles_with_something
 
 BLOCK = tuning.INTERPRETED_MASK_BLOCK
-EMPTY, PARTIAL, FULL = 0, 1, 2
 
 WINDOWS = [(None, None), (0, 0), (5, None), (None, 3), (40, 10)]
 LENGTHS = [(1, 1), (64, 128), (33, 200), (150, 70)]
 BLOCKS = [(32, 64), (64, 32)]
-
-
-class Call:
-    """A call whose q, k and v hold nothing of interest.
-
-    Attributes:
-        problem: of the call.
-        tensors: of the call.
-        visible: which pairs are visible, bool [B, Hq, Sq, Sk].
-    """
-
-    def __init__(self, seqlen_q, seqlen_k, batch=1, heads=(1, 1), tensors=None, **options):
-        tensors = tensors or {}
-        q, k, v = Draw.seeded(0).qkv(batch, seqlen_q, seqlen_k, heads, dim=1)
-        self.tensors = AttentionTensors(q, k, v, **tensors)
-        self.problem = describe(self.tensors, AttentionOptions(**options))
-        window = options.pop("window_left", None), options.pop("window_right", None)
-        visible = visible_pairs(q, k, Terms(window=window, **options, **tensors))
-        self.visible = visible.expand(batch, heads[0], seqlen_q, seqlen_k)
-
-
-def blocks(pairs: Tensor, rows: int, keys: int, fill: bool) -> Tensor:
-    """[.., Sq, Sk] as [.., row blocks, key blocks, rows * keys], padded with `fill`."""
-    seqlen_q, seqlen_k = pairs.shape[-2:]
-    pairs = F.pad(pairs, (0, -seqlen_k % keys, 0, -seqlen_q % rows), value=fill)
-    pairs = pairs.unflatten(-1, (-1, keys)).unflatten(-3, (-1, rows))
-    return pairs.transpose(-3, -2).flatten(-2)
-
-
-def tiles_with_something(pairs: Tensor, rows: int, keys: int) -> Tensor:
-    """Tiles [.., row tiles, key tiles] that hold a visible pair."""
-    return blocks(pairs, rows, keys, False).any(-1)
-
-
-def tiles_with_everything(pairs: Tensor, rows: int, keys: int) -> Tensor:
-    """Tiles that reach past neither length and hide nothing."""
-    return blocks(pairs, rows, keys, False).all(-1)
-
-
-def classes_of(pairs: Tensor, rows: int, keys: int) -> Tensor:
-    """Class of each block by the pairs of it that exist."""
-    some, every = blocks(pairs, rows, keys, False).any(-1), blocks(pairs, rows, keys, True).all(-1)
-    return some.int() + (some & every)
 
 
 # Spans: tiles by bounds alone
@@ -170,7 +121,8 @@ def test_packed_mask(sizes, share):
     mask = Draw.seeded(1).coin(*sizes, share=share)
     mask[..., : rows // 2, : keys // 2] = True
     call = Call(rows, 5 if keys == 1 else keys, batch, (2, 2), {"mask": mask.mT.clone().mT})
-    packed = preparation.prepare(call.problem, call.tensors, BLOCK).mask
+    _, terms, _ = preparation.prepare(call.problem, call.tensors, "forward")
+    packed = terms.mask
 
     bits = packed.words.unsqueeze(-1) >> torch.arange(32) & 1
     bits = bits.flatten(-2).bool()
@@ -196,6 +148,10 @@ KEY_TERMS = {
         "interval_start": draw.integers(-5, 60, 1, 2, 100),
         "interval_end": draw.integers(-5, 90, 1, 2, 100),
     },
+    "intervals beside the rows": lambda draw: {
+        "interval_start": draw.integers(-50, 90, 1, 2, 100),
+        "interval_end": draw.integers(-50, 120, 1, 2, 100),
+    },
     "both": lambda draw: {
         "mask": draw.coin(1, 2, 1, 100, share=0.8),
         "interval_start": draw.integers(-5, 30, 2, 1, 100),
@@ -204,13 +160,18 @@ KEY_TERMS = {
 }
 
 
-@pytest.mark.parametrize("bounds", [{}, {"causal": True}, {"window_left": 9, "sinks": 40}], ids=str)
+BOUNDS = [{}, {"causal": True}, {"window_left": 9, "sinks": 40}, {"window_left": 9}]
+
+
+@pytest.mark.parametrize("bounds", BOUNDS, ids=str)
 @pytest.mark.parametrize("terms", KEY_TERMS)
 def test_runs_of_rows(terms, bounds):
-    """A row is inside a key's run where it sees the key; extrema are those of the runs."""
+    """A row is inside a key's run where it sees the key; extrema are those of the runs, and live
+    keys those that have one.
+    """
     tensors = KEY_TERMS[terms](Draw.seeded(2))
     call = Call(70, 100, 2, (4, 2), tensors, **bounds)
-    ranges = preparation.key_ranges(call.problem, call.tensors, BLOCK)
+    ranges, live = preparation.key_ranges(call.problem, call.tensors, BLOCK)
 
     i = torch.arange(70)[:, None]
     runs = (ranges.first[:, :, None] <= i) & (i <= ranges.last[:, :, None])
@@ -220,6 +181,8 @@ def test_runs_of_rows(terms, bounds):
     first, last = (x.unflatten(-1, (-1, BLOCK)) for x in (ranges.first, ranges.last))
     extrema = torch.stack([first.amin(-1), first.amax(-1), last.amin(-1), last.amax(-1)], -1)
     assert torch.equal(ranges.extrema, extrema)
+    seen = runs[:, :: ranges.heads_per_head].any(2).unflatten(-1, (-1, BLOCK))
+    assert torch.equal(live, seen.sum(-1))
 
 
 # Lists of tiles
@@ -278,18 +241,21 @@ def test_lists_of_tiles(case, tile, transposed):
     make, options = LISTED[case]
     batch, heads, seqlen = (1, (2, 1), 200) if case in EXACT else (2, (4, 2), 200)
     tensors = make(Draw.seeded(3), batch, heads[1], seqlen, seqlen)
+    tensors["bias"] = torch.zeros(1, 1, seqlen, seqlen)  # of pairs: keys stay where they are
     call = Call(seqlen, seqlen, batch, heads, tensors, **options)
-    terms = preparation.prepare(call.problem, call.tensors, BLOCK)
+    _, terms, slots = preparation.prepare(call.problem, call.tensors, "forward")
+    assert slots is None
     m, n = tile
     lists = preparation.list_tiles(
-        call.problem, terms, tuning.Tile(m, n, 4, 1, False), transposed=transposed
+        call.problem, terms, slots, tuning.Tile(m, n, 4, 1, False), transposed=transposed
     )
+    assert not lists.spans.value
     some = tiles_with_something(call.visible, m, n)
     every = tiles_with_everything(call.visible, m, n)
     if transposed:
         some, every = some.mT, every.mT
     own, other = some.shape[-2:]
-    assert lists.index.shape[2:] == (own, other)
+    assert lists.length == other
 
     wasted = 0
     for b, h, t in itertools.product(range(batch), range(heads[0]), range(own)):
@@ -308,7 +274,9 @@ def test_lists_of_tiles(case, tile, transposed):
 
 def test_bounds_alone_need_no_lists():
     call = Call(70, 100, causal=True, window_left=5, sinks=3)
-    terms = preparation.prepare(call.problem, call.tensors, BLOCK)
+    _, terms, slots = preparation.prepare(call.problem, call.tensors, "forward")
     assert terms.ranges is None
     assert terms.mask is None
-    assert preparation.list_tiles(call.problem, terms, tuning.tile("forward", call.problem)) is None
+    assert slots is None
+    tile = tuning.tile("forward", call.problem)
+    assert preparation.list_tiles(call.problem, terms, slots, tile) is None
