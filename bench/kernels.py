@@ -23,8 +23,10 @@ NAME_LENGTH = 160
 ATTENTION, PREPARATION, OTHER = KINDS = ("attention", "preparation", "other")
 
 PATTERNS = (
-    (r"^(forward|key_gradients|query_gradient|row_terms|bias_gradient|sum_\w+)_kernel", ATTENTION),
-    (r"^(key_ranges|pack_mask|\w+_tiles)_kernel", PREPARATION),
+    (r"^(forward|(key|query)_gradients?|row_terms|bias_gradient|sum_\w+)_kernel", ATTENTION),
+    (r"^(attend|scores|kept|merge)_kernel", ATTENTION),  # of a cache
+    (r"^(key_ranges|pack_mask|\w+_tiles|block_words|record|clear_rest)_kernel", PREPARATION),
+    (r"^(delta_extrema|gate_floor|highest_gates|once|admit)_kernel", PREPARATION),
     (r"^(live|segment|gather|count|index)_\w+_kernel", PREPARATION),
     (r"\b(at|at_cuda_detail|cub)::|^Mem(set|cpy)", PREPARATION),  # torch's own
 )

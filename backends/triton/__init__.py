@@ -71,8 +71,10 @@ def unsupported(problem: AttentionProblem) -> list[str]:
     return found
 
 
-def forward(problem: AttentionProblem, tensors: AttentionTensors) -> tuple[Tensor, Tensor]:
-    """`(o, lse)` by O1 and O2."""
+def forward(
+    problem: AttentionProblem, tensors: AttentionTensors
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`(o, lse, kept)` by O1, O2 and T1."""
     from .kernels import forward as kernels
 
     with _on_device_of(tensors.q):
@@ -84,6 +86,7 @@ def backward(
     tensors: AttentionTensors,
     o: Tensor,
     lse: Tensor,
+    kept: Tensor | None,
     do: Tensor,
     dlse: Tensor | None,
 ) -> dict[str, Tensor]:
@@ -91,7 +94,7 @@ def backward(
     from .kernels import backward as kernels
 
     with _on_device_of(tensors.q):
-        return kernels.backward(problem, tensors, o, lse, do, dlse)
+        return kernels.backward(problem, tensors, o, lse, kept, do, dlse)
 
 
 def topk_intervals(
@@ -106,6 +109,28 @@ def topk_intervals(
 
     with _on_device_of(scores):
         return kernels.topk_intervals(scores, seqlen_q, window_size, causal, key_padding_mask)
+
+
+def admit(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    score_cache: Tensor,
+    position: Tensor,
+    held: Tensor,
+    seqlen: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor,
+    key_padding_mask: Tensor | None,
+) -> None:
+    """One token for a cache of the w best keys (M5), in place; scores are float32."""
+    from .kernels import admission as kernels
+
+    with _on_device_of(key):
+        kernels.admit(
+            key_cache, value_cache, score_cache, position, held, seqlen, key, value, scores,
+            key_padding_mask,
+        )  # fmt: skip
 
 
 def info() -> dict[str, Any]:

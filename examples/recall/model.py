@@ -6,7 +6,6 @@ all the order that recall needs, and costs every kind of attention the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flash_sparse_attn import flash_sparse_attn_func
-from flash_sparse_attn.modules import (
-    DynamicMaskAttention,
-    DynamicMaskAttentionConfig,
-    DynamicMaskCache,
-)
+from flash_sparse_attn.modules import DynamicMaskAttention, DynamicMaskAttentionConfig
 
 DENSE, SLIDING, DYNAMIC = KINDS = ("dense", "sliding-window", "dynamic-mask")
 EMBEDDING_STD = 0.3
@@ -93,12 +88,20 @@ class Block(nn.Module):
             nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
         )
 
-    def forward(self, x: Tensor, cache: DynamicMaskCache | None = None) -> Tensor:
-        """`[B, S, hidden_size]` to the same; a cache is given to the attention."""
-        x = x + self.shift(F.pad(self.shift_norm(x), (0, 0, 1, 0))[:, :-1])
-        given = {} if cache is None else {"cache": cache}
-        x = x + self.attention(self.attention_norm(x), **given)
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, S, hidden_size]` to the same."""
+        x = self._shifted(x)
+        x = x + self.attention(self.attention_norm(x))
         return x + self.mlp(self.mlp_norm(x))
+
+    def selection_scores(self, x: Tensor) -> Tensor:
+        """`[B, S, hidden_size]` to the scores `[B, Hkv, S]` by which the attention chooses."""
+        attention = self.attention
+        value = attention.v_proj(self.attention_norm(self._shifted(x)))
+        return attention.key_scores(value.unflatten(-1, (-1, attention.config.head_dim)))
+
+    def _shifted(self, x: Tensor) -> Tensor:
+        return x + self.shift(F.pad(self.shift_norm(x), (0, 0, 1, 0))[:, :-1])
 
 
 class Decoder(nn.Module):
@@ -136,7 +139,9 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Logits `[B, Q, num_values]` at positions `[B, Q]` of tokens `[B, S]`."""
-        x = self._stream(tokens, [None] * len(self.blocks))
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
         index = positions[..., None].expand(-1, -1, x.shape[2])
         return self.head(self.norm(x.gather(1, index)))
 
@@ -146,12 +151,8 @@ class Decoder(nn.Module):
 
         For dynamic-mask attention alone.
         """
-        caches = [DynamicMaskCache() for _ in self.blocks]
-        self._stream(tokens, caches)
-        return torch.stack([cache.scores for cache in caches])
-
-    def _stream(self, tokens: Tensor, caches: Sequence[DynamicMaskCache | None]) -> Tensor:
-        x = self.embedding(tokens)
-        for block, cache in zip(self.blocks, caches, strict=True):
-            x = block(x, cache)
-        return x
+        x, scores = self.embedding(tokens), []
+        for block in self.blocks:
+            scores.append(block.selection_scores(x))
+            x = block(x)
+        return torch.stack(scores)

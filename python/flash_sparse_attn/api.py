@@ -12,10 +12,11 @@ from torch import Tensor
 
 from . import ops
 from .dispatch import require_available
+from .kept import kept_blocks
 from .masks import BlockMap, IntervalMask, from_block_mask
 from .problem import AttentionOptions, Form, Gate
 from .tensors import TENSOR_NAMES, AttentionTensors
-from .validation import message, require_kinds, require_tensor
+from .validation import message, require_bool, require_kinds, require_tensor
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     Masks = Mask | tuple[Mask, ...] | None
     Window = tuple[int | None, int | None]
     Gates = tuple[Tensor, Tensor] | None
-    Output = Tensor | tuple[Tensor, Tensor]
+    Output = Tensor | tuple[Tensor | BlockMap, ...]
 
 UNBOUNDED = (None, None)
 
@@ -47,6 +48,7 @@ def flash_sparse_attn_func(
     gate_threshold: float = 0.0,
     softmax_threshold: float = 0.0,
     return_lse: bool = False,
+    return_kept: bool = False,
     backend: str | None = None,
 ) -> Output:
     """Sparse attention over a batch, differentiable in query, key, value, bias and gates.
@@ -76,12 +78,15 @@ def flash_sparse_attn_func(
         softmax_threshold: in [0, 1], lets blocks of negligible probability be dropped (T1); 0 =
             none.
         return_lse: return the log-sum-exp too.
+        return_kept: return the blocks kept under the softmax threshold too.
         backend: "cuda", "cute", "triton" or "reference"; None takes the first that serves the
             call, on CPU tensors the reference.
 
     Returns:
         o `[B, Sq, Hq, Dv]` in the dtype of query, 0 in rows that see nothing (O2); with
-        `return_lse` also lse `[B, Hq, Sq]`, natural logarithm, float32 (float64 for float64).
+        `return_lse` also lse `[B, Hq, Sq]`, natural logarithm, float32 (float64 for float64); with
+        `return_kept` also a `BlockMap` `[B, Hq, ceil(Sq / 16), ceil(Sk / 32)]`, true = kept (T1).
+        What it says of blocks in which nothing is visible means nothing.
 
     Raises:
         TypeError: a kind or dtype is wrong (E1, E3).
@@ -95,7 +100,7 @@ def flash_sparse_attn_func(
         gates, gate, gate_threshold, softmax_threshold,
     )  # fmt: skip
     tensors = _tensors(query, key, value, masks, attn_bias, gates)
-    return _output(ops.attention(tensors, options, backend), return_lse)
+    return _call(tensors, options, backend, return_lse, return_kept)
 
 
 def flash_sparse_attn_varlen_func(
@@ -120,6 +125,7 @@ def flash_sparse_attn_varlen_func(
     gate_threshold: float = 0.0,
     softmax_threshold: float = 0.0,
     return_lse: bool = False,
+    return_kept: bool = False,
     backend: str | None = None,
 ) -> Output:
     """`flash_sparse_attn_func` over sequences packed end to end (V6).
@@ -136,10 +142,12 @@ def flash_sparse_attn_varlen_func(
         attn_bias: key bias `[1, {Hq,Hkv,1}, 1, {Tk,1}]`.
         gates: `(alpha [Tq, Hq], delta [Tk, Hkv])`.
         softmax_scale, is_causal, softcap, deterministic, window, sinks, gate, gate_threshold,
-            softmax_threshold, return_lse, backend: as in `flash_sparse_attn_func`.
+            softmax_threshold, return_lse, return_kept, backend: as in `flash_sparse_attn_func`.
 
     Returns:
-        o `[Tq, Hq, Dv]`; with `return_lse` also lse `[Hq, Tq]`.
+        o `[Tq, Hq, Dv]`; with `return_lse` also lse `[Hq, Tq]`; with `return_kept` also a `BlockMap`
+        `[sequences, Hq, ceil(max_seqlen_q / 16), ceil(max_seqlen_k / 32)]`, blocks counted inside
+        each sequence.
 
     Raises:
         TypeError, ValueError, NotImplementedError, ImportError: as in `flash_sparse_attn_func`.
@@ -153,7 +161,7 @@ def flash_sparse_attn_varlen_func(
     )  # fmt: skip
     lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     tensors = _tensors(query, key, value, masks, attn_bias, gates, **lengths)
-    return _output(ops.attention(tensors, options, backend), return_lse)
+    return _call(tensors, options, backend, return_lse, return_kept)
 
 
 def flash_sparse_attn_with_kvcache_func(
@@ -176,6 +184,7 @@ def flash_sparse_attn_with_kvcache_func(
     gate_threshold: float = 0.0,
     softmax_threshold: float = 0.0,
     return_lse: bool = False,
+    return_kept: bool = False,
     backend: str | None = None,
 ) -> Output:
     """Attention of a few new rows over a key-value cache (V6); no gradients.
@@ -192,10 +201,11 @@ def flash_sparse_attn_with_kvcache_func(
         attn_bias: likewise.
         gates: `(alpha [B, Sq, Hq], delta [B, logical keys, Hkv])`.
         softmax_scale, is_causal, softcap, window, sinks, gate, gate_threshold, softmax_threshold,
-            return_lse, backend: as in `flash_sparse_attn_func`; causal by default.
+            return_lse, return_kept, backend: as in `flash_sparse_attn_func`; causal by default.
 
     Returns:
-        o `[B, Sq, Hq, Dv]`; with `return_lse` also lse `[B, Hq, Sq]`.
+        o `[B, Sq, Hq, Dv]`; with `return_lse` also lse `[B, Hq, Sq]`; with `return_kept` also a
+        `BlockMap` over the logical key axis.
 
     Raises:
         TypeError, ValueError, NotImplementedError, ImportError: as in `flash_sparse_attn_func`.
@@ -209,7 +219,7 @@ def flash_sparse_attn_with_kvcache_func(
         gates, gate, gate_threshold, softmax_threshold,
     )  # fmt: skip
     tensors = _tensors(query, key_cache, value_cache, masks, attn_bias, gates, **cache)
-    return _output(ops.attention(tensors, options, backend), return_lse)
+    return _call(tensors, options, backend, return_lse, return_kept)
 
 
 def flash_sparse_attn_func_auto(backend: str | None = None) -> Callable[..., Output]:
@@ -248,8 +258,22 @@ def flash_gated_attn_func(
     return flash_sparse_attn_func(query, key, value, gates=(alpha, delta), **options)
 
 
-def _output(result: tuple[Tensor, Tensor], return_lse: bool) -> Output:
-    return result if return_lse else result[0]
+def _call(
+    tensors: AttentionTensors,
+    options: AttentionOptions,
+    backend: str | None,
+    return_lse: bool,
+    return_kept: bool,
+) -> Output:
+    require_bool("return_lse", return_lse)
+    require_bool("return_kept", return_kept)
+    o, lse, kept = ops.attention(tensors, options, backend)
+    wanted = [o]
+    if return_lse:
+        wanted.append(lse)
+    if return_kept:
+        wanted.append(kept_blocks(kept, tensors, options))
+    return wanted[0] if len(wanted) == 1 else tuple(wanted)
 
 
 def _options(

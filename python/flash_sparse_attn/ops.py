@@ -37,18 +37,22 @@ _OPTIONS_END = _TENSORS_END + len(OPTION_NAMES)
 
 _library = torch.library.Library("flash_sparse_attn", "DEF")
 _library.define(
-    f"forward({_TENSORS}, {_OPTIONS}, str? backend, str grads) -> (Tensor o, Tensor lse)"
+    f"forward({_TENSORS}, {_OPTIONS}, str? backend, str grads) -> "
+    "(Tensor o, Tensor lse, Tensor kept)"
 )
 _library.define(
-    f"backward(Tensor do, Tensor? dlse, Tensor o, Tensor lse, {_TENSORS}, {_OPTIONS}, "
+    f"backward(Tensor do, Tensor? dlse, Tensor o, Tensor lse, Tensor kept, {_TENSORS}, {_OPTIONS}, "
     "str? backend, str grads) -> Tensor[]"
 )
 
 
 def attention(
     tensors: AttentionTensors, options: AttentionOptions, backend: str | None
-) -> tuple[Tensor, Tensor]:
-    """Run one call: `(o, lse)`, differentiable in both.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one call: `(o, lse, kept)`, differentiable in o and lse.
+
+    kept is the set of blocks kept under T1, as bits (`AttentionProblem.kept_shape`); without a
+    threshold, empty.
 
     Args:
         tensors: the tensor arguments.
@@ -83,47 +87,57 @@ def _read(arguments: Sequence[Any]) -> tuple[AttentionTensors, AttentionProblem,
     return tensors, describe(tensors, options, grads.split(",") if grads else ()), backend
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     tensors, problem, backend = _read(arguments)
-    return dispatch.select(problem, backend).forward(problem, tensors)
+    o, lse, kept = dispatch.select(problem, backend).forward(problem, tensors)
+    return o, lse, lse.new_empty(problem.kept_shape, dtype=torch.int32) if kept is None else kept
 
 
-def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     tensors, problem, _ = _read(arguments)
     q = tensors.q
     rows = (problem.heads_q, problem.seqlen_q)
     lse_shape = rows if problem.form == Form.PACKED else (problem.batch, *rows)
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty((*q.shape[:-1], problem.head_dim_v)), q.new_empty(lse_shape, dtype=lse_dtype)
+    return (
+        q.new_empty((*q.shape[:-1], problem.head_dim_v)),
+        q.new_empty(lse_shape, dtype=lse_dtype),
+        q.new_empty(problem.kept_shape, dtype=torch.int32),
+    )
 
 
 def _backward(
-    do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, *arguments: Any
+    do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, kept: Tensor, *arguments: Any
 ) -> list[Tensor]:
     tensors, problem, backend = _read(arguments)
-    gradients = dispatch.select(problem, backend).backward(problem, tensors, o, lse, do, dlse)
+    gradients = dispatch.select(problem, backend).backward(
+        problem, tensors, o, lse, kept if problem.softmax_threshold > 0 else None, do, dlse
+    )
     # Backends sum in float32 (G1); autograd wants the dtype of the input.
     return [gradients[name].to(getattr(tensors, name).dtype).contiguous() for name in problem.grads]
 
 
 def _backward_fake(
-    do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, *arguments: Any
+    do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, kept: Tensor, *arguments: Any
 ) -> list[Tensor]:
     tensors, problem, _ = _read(arguments)
     inputs = [getattr(tensors, name) for name in problem.grads]
     return [tensor.new_empty(tensor.shape) for tensor in inputs]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:_TENSORS_END], *output)
     ctx.arguments = inputs[_TENSORS_END:]
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
 
 
-def _differentiate(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *given, o, lse = ctx.saved_tensors
+def _differentiate(
+    ctx: Any, do: Tensor | None, dlse: Tensor | None, _: None
+) -> tuple[Tensor | None, ...]:
+    *given, o, lse, kept = ctx.saved_tensors
     do = torch.zeros_like(o) if do is None else do
-    gradients = torch.ops.flash_sparse_attn.backward(do, dlse, o, lse, *given, *ctx.arguments)
+    gradients = torch.ops.flash_sparse_attn.backward(do, dlse, o, lse, kept, *given, *ctx.arguments)
     *_, grads = ctx.arguments
     named = dict(zip(grads.split(","), gradients, strict=True))
     return *(named.get(name) for name in TENSOR_NAMES), *(None for _ in ctx.arguments)
@@ -162,4 +176,4 @@ def _forward_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
 
 @register_flop_formula(torch.ops.flash_sparse_attn.backward)
 def _backward_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
-    return _count(shapes[4:], 5)
+    return _count(shapes[5:], 5)

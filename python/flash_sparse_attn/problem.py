@@ -15,6 +15,10 @@ import torch
 from .tensors import DIFFERENTIABLE
 
 
+KEPT_BLOCK = (16, 32)
+"""Rows and keys of a block of the set kept under T1; every tile of a backend is made of such."""
+
+
 class Form(StrEnum):
     """How sequences are laid out in memory (V6)."""
 
@@ -125,6 +129,24 @@ class AttentionProblem(AttentionOptions):
     def window(self) -> tuple[int | None, int | None]:
         """`(left, right)` of V2."""
         return self.window_left, self.window_right
+
+    @property
+    def kept_shape(self) -> tuple[int, ...]:
+        """Shape of the set kept under T1 as bits, int32 `[B, Hq, row blocks, words]`; without a
+        threshold `[0]`.
+
+        A bit stands for `KEPT_BLOCK` rows and keys, bit n % 32 of word n // 32 for the n-th block of
+        keys. Packed: `[1, Hq, row blocks, words]`, rows of sequence b from block
+        cu_seqlens_q[b] // 16 + b on.
+        """
+        if self.softmax_threshold == 0:
+            return (0,)
+        rows, keys = KEPT_BLOCK
+        if self.form == Form.PACKED:
+            row_blocks = self.seqlen_q // rows + self.batch + 1
+            return 1, self.heads_q, row_blocks, -(-self.max_seqlen_k // (32 * keys))
+        row_blocks = -(-self.seqlen_q // rows)
+        return self.batch, self.heads_q, row_blocks, -(-self.seqlen_k // (32 * keys))
 
     def needs(self, *names: str) -> bool:
         """Whether any of the named inputs needs a gradient."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import reference
@@ -33,9 +34,15 @@ def unsupported(problem: AttentionProblem) -> list[str]:
     return []
 
 
-def forward(problem: AttentionProblem, tensors: AttentionTensors) -> tuple[Tensor, Tensor]:
-    """`(o, lse)` by O1 and O2. T1 lets it keep every block, and it does."""
-    return _FORWARD[Form(problem.form)](*_qkv(tensors), **_keywords(problem, tensors))
+def forward(
+    problem: AttentionProblem, tensors: AttentionTensors
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`(o, lse, kept)` by O1 and O2. T1 lets it keep every block, and it does."""
+    o, lse = _FORWARD[Form(problem.form)](*_qkv(tensors), **_keywords(problem, tensors))
+    every = None
+    if problem.softmax_threshold > 0:
+        every = tensors.q.new_full(problem.kept_shape, -1, dtype=torch.int32)
+    return o, lse, every
 
 
 def backward(
@@ -43,6 +50,7 @@ def backward(
     tensors: AttentionTensors,
     o: Tensor,
     lse: Tensor,
+    kept: Tensor | None,
     do: Tensor,
     dlse: Tensor | None,
 ) -> dict[str, Tensor]:

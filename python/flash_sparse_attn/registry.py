@@ -28,7 +28,8 @@ class Backend(Protocol):
 
     Importing it needs nothing but torch. `forward` and `backward` are called only for a problem
     that `unsupported` has nothing against, in a process that `availability` has nothing against. A
-    backend may also define `topk_intervals`, as `selection.topk_intervals` takes and returns it.
+    backend may also define `topk_intervals`, as `selection.topk_intervals` takes and returns it, and
+    `admit`, as `streaming.admit_by_operations`.
     """
 
     def availability(self) -> list[str]:
@@ -39,8 +40,10 @@ class Backend(Protocol):
 
     def forward(
         self, problem: AttentionProblem, tensors: AttentionTensors
-    ) -> tuple[Tensor, Tensor]:
-        """`(o, lse)` by O1 and O2: o contiguous in the dtype of q, lse float32."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`(o, lse, kept)` by O1, O2 and T1: o contiguous in the dtype of q, lse float32, and the set
+        kept, int32 of shape `problem.kept_shape`, None without a threshold.
+        """
 
     def backward(
         self,
@@ -48,6 +51,7 @@ class Backend(Protocol):
         tensors: AttentionTensors,
         o: Tensor,
         lse: Tensor,
+        kept: Tensor | None,
         do: Tensor,
         dlse: Tensor | None,
     ) -> dict[str, Tensor]:

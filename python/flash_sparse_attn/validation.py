@@ -63,6 +63,16 @@ def require_tensor(name: str, value: object, optional: bool = False) -> None:
         )
 
 
+def require_bool(name: str, value: object) -> None:
+    """E1 for a flag that is no option of the operators.
+
+    Raises:
+        TypeError: `value` is not a bool.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(message("E1", name, repr(value), "a bool"))
+
+
 def require_kinds(options: AttentionOptions) -> None:
     """E1 for the scalar arguments.
 

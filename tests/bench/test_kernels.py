@@ -18,6 +18,7 @@ BACKENDS = Path(__file__).resolve().parents[2] / "backends"
         ("forward_kernel", kernels.ATTENTION),
         ("key_gradients_kernel", kernels.ATTENTION),
         ("gather_keys_kernel", kernels.PREPARATION),
+        ("admit_kernel", kernels.PREPARATION),
         ("void at::native::vectorized_elementwise_kernel<4, ...>", kernels.PREPARATION),
         ("void at_cuda_detail::cub::DeviceRadixSortOnesweepKernel<...>", kernels.PREPARATION),
         ("Memset (Device)", kernels.PREPARATION),

@@ -184,38 +184,53 @@ def test_decoding_is_full_recomputation(first, padded):
         keep[0, :4] = False
     positions = torch.arange(S)
     whole = layer(x, key_padding_mask=keep, rotary=rotation(positions))
-    cache, parts = DynamicMaskCache(), []
-    for start, stop in [(0, first), *((i, i + 1) for i in range(first, S))]:
-        assert cache.seqlen == start
-        # Calls past the padding need no mask.
-        mask = keep[:, start:stop] if padded and start < 4 else None
-        part = x[:, start:stop]
-        parts.append(layer(part, mask, rotation(positions[start:stop]), cache))
-    torch.testing.assert_close(torch.cat(parts, 1), whole)
-    assert cache.scores.shape == (B, 2, S)
-    assert cache.key.shape == cache.value.shape == (B, S, 2, 8)
+    cache, parts = layer.allocate_cache(B), []
+    with torch.no_grad():
+        for start, stop in [(0, first), *((i, i + 1) for i in range(first, S))]:
+            assert cache.seqlen.tolist() == [start] * B
+            # Calls past the padding need no mask.
+            mask = keep[:, start:stop] if padded and start < 4 else None
+            part = x[:, start:stop]
+            parts.append(layer(part, mask, rotation(positions[start:stop]), cache))
+    got, want = torch.cat(parts, 1), whole.detach()
+    rows = torch.ones(B, S, dtype=torch.bool) if keep is None else keep
+    torch.testing.assert_close(got[rows], want[rows])
+    assert cache.held.tolist() == [5, 5]
 
 
+@torch.no_grad()
 def test_several_tokens_may_follow_a_cache_and_padding_may_come_late():
     layer, x = make()
     keep = torch.ones(B, S, dtype=torch.bool)
     keep[1, 20:] = False
-    cache, parts = DynamicMaskCache(), []
+    cache, parts = layer.allocate_cache(B), []
     for start, stop in ((0, 7), (7, 8), (8, 17), (17, S)):
         mask = keep[:, start:stop] if stop == S else None
         parts.append(layer(x[:, start:stop], mask, cache=cache))
     got, want = torch.cat(parts, 1), layer(x, keep)
     torch.testing.assert_close(got[keep], want[keep])
-    assert torch.equal(cache.key_padding_mask, keep)
+    assert cache.position.max(-1).values.lt(20)[1].all()
 
 
-def test_gradients_pass_through_a_cache():
+def test_a_cache_has_the_sizes_of_its_layer():
+    layer, _ = make(num_kv_heads=4, head_dim=12)
+    cache = layer.allocate_cache(3)
+    assert cache.key.shape == cache.value.shape == (3, 5, 4, 12)
+    assert cache.key.dtype == cache.scores.dtype == torch.float64
+    assert layer.allocate_cache(1, torch.float16).key.dtype == torch.float16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer.float().allocate_cache(1).key.dtype == torch.bfloat16
+    assert DynamicMaskAttention(CONFIG, device="meta").allocate_cache(1).key.is_meta
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_cache_takes_no_gradient(n):
+    """Gradients of what is held would be left out, so none is given."""
     layer, x = make()
-    cache = DynamicMaskCache()
-    parts = [layer(x[:, :10], cache=cache), layer(x[:, 10:], cache=cache)]
-    got, want = gradients(layer, x, torch.cat(parts, 1)), gradients(layer, x, layer(x))
-    for name, gradient in got.items():
-        torch.testing.assert_close(gradient, want[name])
+    cache = layer.allocate_cache(B)
+    with pytest.raises(NotImplementedError, match=r"gradients: got .*key.* \[rule E9\]"):
+        layer(x[:, :n], cache=cache)
+    assert cache.seqlen.tolist() == [0, 0]
 
 
 # --- PyTorch's machinery
@@ -247,17 +262,18 @@ def test_compile_is_one_graph_and_equal():
 def test_decoding_compiles():
     layer, x = make(dtype=torch.float32)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
-    cache = DynamicMaskCache()
+    cache = layer.allocate_cache(B)
     with torch.no_grad():
         parts = [compiled(x[:, i : i + 1], cache=cache) for i in range(6)]
         torch.testing.assert_close(torch.cat(parts, 1), layer(x[:, :6]))
 
 
 def test_scores_are_float32_under_autocast_and_in_half_precision():
-    layer, x = make(dtype=torch.float32)
-    cache = DynamicMaskCache()
+    layer, x = make(dtype=torch.float32, window_size=S)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = layer(x, cache=cache)
+        y, cache = layer(x), layer.allocate_cache(B)
+        with torch.no_grad():
+            layer(x, cache=cache)
     assert (y.dtype, cache.value.dtype) == (torch.bfloat16, torch.bfloat16)
     assert cache.scores.dtype == torch.float32
     with torch.no_grad():
@@ -267,8 +283,11 @@ def test_scores_are_float32_under_autocast_and_in_half_precision():
     found = gradients(layer, x, y)
     assert {gradient.dtype for gradient in found.values()} == {torch.float32}
 
-    half, cache = copy.deepcopy(layer).bfloat16(), DynamicMaskCache()
-    y = half(x.bfloat16(), cache=cache)
+    layer, x = make(dtype=torch.float32)
+    half = copy.deepcopy(layer).bfloat16()
+    y, cache = half(x.bfloat16()), half.allocate_cache(B)
+    with torch.no_grad():
+        half(x.bfloat16(), cache=cache)
     assert (y.dtype, cache.scores.dtype) == (torch.bfloat16, torch.float32)
     # The choice is that of the rounded values, so this is no bound on the error of a given mask.
     assert (y.float() - layer(x)).abs().mean() < 0.1 * layer(x).abs().mean()
@@ -346,10 +365,30 @@ def test_config_is_frozen():
 )
 def test_call_errors(arguments, kind, words):
     layer = DynamicMaskAttention(CONFIG)
-    cache = DynamicMaskCache()
+    cache = layer.allocate_cache(B)
     with pytest.raises(kind, match=words):
         layer(*arguments, cache=cache)
-    assert cache.seqlen == 0
+    assert cache.seqlen.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("cache", "kind", "words"),
+    [
+        ({}, TypeError, r"cache: got dict, expected a DynamicMaskCache .* \[rule E1\]"),
+        (
+            DynamicMaskCache(B, 4, 2, 8),
+            ValueError,
+            r"window_size of cache: got 4, .*5.* \[rule E2\]",
+        ),
+        (DynamicMaskCache(B, 5, 4, 8), ValueError, r"\(2, 24, 4, 8\) \[rule E2\]"),
+        (DynamicMaskCache(3, 5, 2, 8), ValueError, r"\(3, 24, 2, 8\) \[rule E2\]"),
+        (DynamicMaskCache(B, 5, 2, 8, dtype=torch.float16), TypeError, r"float16.* \[rule E3\]"),
+    ],
+)
+@torch.no_grad()
+def test_a_cache_of_another_layer(cache, kind, words):
+    with pytest.raises(kind, match=words):
+        DynamicMaskAttention(CONFIG)(torch.zeros(B, S, HIDDEN), cache=cache)
 
 
 def test_a_named_backend_is_asked():

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import torch
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from flash_sparse_attn.problem import AttentionProblem
+from flash_sparse_attn.problem import AttentionProblem, Form
 from flash_sparse_attn.tensors import AttentionTensors
 
 from .sizes import ceil_div, power_of_2
@@ -52,15 +53,72 @@ class Bounds(NamedTuple):
     """Keys below this one are exempt from the right bound: those of a window, none under V1."""
 
 
-class Score(NamedTuple):
-    """S1 and S2 for a raw product x: s = outer * x, or outer * tanh(inner * x) with softcap."""
+class Sequences(NamedTuple):
+    """Packed sequences (V6): sequence b owns the rows and keys from `cu_q[b]` and `cu_k[b]` on.
 
-    outer: float
-    inner: float | None
+    A tensor of one number a row (a record), and whatever counts tiles, is laid out on an axis on
+    which every sequence starts on a whole tile: tile cu[b] // size + b, so that no sum over
+    sequences is needed to find it.
+    """
+
+    cu_q: Tensor
+    cu_k: Tensor
+    count: int
+    largest: Any
+    """A power of two above `count`."""
+
+
+class Place(NamedTuple):
+    """Where a program's sequence lies: added to what is counted inside the sequence."""
+
+    batch: int
+    """Index into batch dims; 0 when packed."""
+    row: int
+    key: int
+    row_record: int
+    """Where its record of rows starts, as `key_record` of keys."""
+    key_record: int
+    row_block: int
+    """Its first block of rows of `Blocks`."""
+
+
+class Score(NamedTuple):
+    """S1 and S2 for a raw product x, in base 2: s = outer * x, or outer * tanh(inner * x) with
+    softcap.
+    """
+
+    outer: Any
+    inner: Any
     positive: Any
     """Whether s rises with x, so that a maximum may be taken before scaling."""
     fine: Any
     """Whether tanh must be exact to float32, not only to a 16-bit result."""
+
+
+class Gates(NamedTuple):
+    """S3 and V7: alpha and delta as records, strides 0 where broadcast."""
+
+    alpha: Tensor
+    alpha_batch: int
+    alpha_head: int
+    delta: Tensor
+    delta_batch: int
+    delta_head: int
+    heads_per_delta: int
+    scale: Any
+    """c."""
+    logsigmoid: Any
+    """Whether g is ln sigma, rather than the identity."""
+    fine: Any
+    """Whether g must be exact to float32, not only to a 16-bit result."""
+    floor: Tensor
+    """V7: the least c g_ij, in base 2, that row i keeps; a record as alpha."""
+    extrema: Tensor
+    """Least and greatest delta per block of keys, `[B, Hkv, blocks, 2]`."""
+    extrema_batch: int
+    extrema_head: int
+    pruned: Any
+    """Whether V7 hides anything; without it `floor` and `extrema` mean nothing."""
 
 
 class Bias(NamedTuple):
@@ -96,6 +154,18 @@ class PackedMask(NamedTuple):
     class_head: int
     class_row: int
     class_column: int
+
+
+class Blocks(NamedTuple):
+    """V5, or the set kept under T1: one bit for every `KEPT_BLOCK` of rows and keys. Strides are 0
+    where broadcast.
+    """
+
+    words: Tensor
+    batch: int
+    head: int
+    row: int
+    heads_per_head: int
 
 
 class Ranges(NamedTuple):
@@ -169,7 +239,7 @@ class TileLists(NamedTuple):
 
 
 class RowTerms(NamedTuple):
-    """What the backward needs of each row, float32 `[B, Hq, padded]`."""
+    """What the backward needs of each row, records `[B, Hq, padded]` in the dtype of lse."""
 
     lse2: Tensor
     """lse in base 2; +inf for rows that are empty (O2) or do not exist."""
@@ -183,16 +253,21 @@ class Terms(NamedTuple):
 
     bounds: Bounds
     score: Score
+    gates: Gates | None
     bias: Bias | None
     mask: PackedMask | None
+    blocks: Blocks | None
     ranges: Ranges | None
     """None where bounds alone decide."""
+    sequences: Sequences | None
     block: int
     """Rows and keys of one block of the mask's classes and of the ranges' extrema."""
 
     def flat(self) -> tuple:
-        """`*bounds, score, bias, mask, ranges`, as every attention kernel takes them."""
-        return (*self.bounds, self.score, self.bias, self.mask, self.ranges)
+        """Bounds one by one, then the other fields but the last, as every attention kernel takes
+        them.
+        """
+        return (*self.bounds, *self[1:-1])
 
 
 def broadcast_strides(tensor: Tensor) -> list[int]:
@@ -228,10 +303,12 @@ def sources(
     problem: AttentionProblem, tensors: AttentionTensors, do: Tensor, tile: Tile
 ) -> tuple[Operand | TensorDescriptor, ...]:
     """q, k, v and do as every kernel of the backward reads them."""
-    width = block_d(problem)
-    rows = {"q": tile.block_m, "k": tile.block_n, "v": tile.block_n, "do": tile.block_m}
-    named = {"q": tensors.q, "k": tensors.k, "v": tensors.v, "do": do}
-    return tuple(source(tensor, rows[name], width, tile.tma) for name, tensor in named.items())
+    return (
+        source(tensors.q, tile.block_m, block_width(problem.head_dim), tile.tma),
+        source(tensors.k, tile.block_n, block_width(problem.head_dim), tile.tma),
+        source(tensors.v, tile.block_n, block_width(problem.head_dim_v), tile.tma),
+        source(do, tile.block_m, block_width(problem.head_dim_v), tile.tma),
+    )
 
 
 def _copy_engine_reads(tensor: Tensor) -> bool:
@@ -278,16 +355,76 @@ def score(problem: AttentionProblem) -> Score:
     """S1 and S2 of the problem."""
     fine = tl.constexpr(problem.dtype.itemsize == 4)
     if problem.softcap > 0:
-        inner = problem.softmax_scale / problem.softcap
-        return Score(problem.softcap, inner, tl.constexpr(True), fine)
-    return Score(problem.softmax_scale, None, tl.constexpr(problem.softmax_scale > 0), fine)
+        inner = number(problem, problem.softmax_scale / problem.softcap)
+        return Score(number(problem, problem.softcap * LOG2E), inner, tl.constexpr(True), fine)
+    outer = number(problem, problem.softmax_scale * LOG2E)
+    return Score(outer, None, tl.constexpr(problem.softmax_scale > 0), fine)
+
+
+def number(problem: AttentionProblem, value: float) -> Any:
+    """A number as a kernel takes it: a constant if it must keep float64, as arguments are
+    float32.
+    """
+    return tl.constexpr(value) if problem.dtype.itemsize == 8 else value
+
+
+def accumulator(problem: AttentionProblem) -> tl.dtype:
+    """The dtype of scores, softmax and sums (S1)."""
+    return tl.float64 if problem.dtype.itemsize == 8 else tl.float32
+
+
+def sum_dtype(problem: AttentionProblem) -> torch.dtype:
+    """`accumulator`, as tensors have it."""
+    return torch.float64 if problem.dtype.itemsize == 8 else torch.float32
 
 
 def precision(problem: AttentionProblem) -> str:
     """Arithmetic of matrix products: float32 inputs are not rounded to tf32 (N1)."""
-    return "ieee" if problem.dtype.itemsize == 4 else "tf32"
+    return "tf32" if problem.dtype.itemsize == 2 else "ieee"
 
 
-def block_d(problem: AttentionProblem) -> int:
+def block_width(head_dim: int) -> int:
     """Width of a tile: the power of two that holds D, 16 at least for the matrix units."""
-    return max(16, power_of_2(problem.head_dim))
+    return max(16, power_of_2(head_dim))
+
+
+def batched(tensor: Tensor) -> Tensor:
+    """A packed `[T, H, D]` tensor as a batch of one; others as they are."""
+    return tensor.unsqueeze(0) if tensor.dim() == 3 else tensor
+
+
+def sequences(problem: AttentionProblem, tensors: AttentionTensors) -> Sequences | None:
+    """V6 of a packed call."""
+    if problem.form != Form.PACKED:
+        return None
+    largest = tl.constexpr(power_of_2(problem.batch + 1))
+    cu_q, cu_k = tensors.cu_seqlens_q.contiguous(), tensors.cu_seqlens_k.contiguous()
+    return Sequences(cu_q, cu_k, problem.batch, largest)
+
+
+def tile_count(problem: AttentionProblem, length: int, size: int) -> int:
+    """Tiles of `size` rows or keys of all sequences, `length` being that of one, or packed that of
+    all; packed, some hold none.
+    """
+    if problem.form == Form.PACKED:
+        return length // size + problem.batch if problem.batch else 0
+    return ceil_div(length, size) * problem.batch
+
+
+def rows_of_tiles(problem: AttentionProblem, length: int, size: int) -> int:
+    """As `tile_count`, of one batch element."""
+    if problem.form == Form.PACKED:
+        return tile_count(problem, length, size)
+    return ceil_div(length, size)
+
+
+def record_length(problem: AttentionProblem, length: int) -> int:
+    """Length of a record, of `length` as in `tile_count`, of one batch element."""
+    if problem.form == Form.PACKED:
+        return tile_count(problem, length, RECORD_BLOCK) * RECORD_BLOCK
+    return padded(length)
+
+
+def records(problem: AttentionProblem) -> int:
+    """Batch elements of a record."""
+    return 1 if problem.form == Form.PACKED else problem.batch

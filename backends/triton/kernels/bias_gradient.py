@@ -2,7 +2,7 @@
 broadcast.
 
 A bias without keys takes row sums, which have a closed form. One with keys alone takes column sums,
-which `backward.key_gradients_kernel` has at hand. A bias with both has one element per pair:
+which `key_gradients_kernel` has at hand. A bias with both has one element per pair:
 `bias_gradient_kernel` owns a tile of it and visits the batch elements and heads that share it.
 """
 
@@ -15,12 +15,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flash_sparse_attn.problem import AttentionProblem
+from flash_sparse_attn.problem import AttentionProblem, Form
 from flash_sparse_attn.tensors import AttentionTensors
 
 from . import arguments, preparation, tuning
-from .arguments import Bounds, RowTerms, Terms
-from .primitives import LOG2E, load_tile, scores, visible
+from .arguments import Bounds, Place, RowTerms, Terms
+from .primitives import (
+    load_alpha,
+    load_bias,
+    load_delta,
+    load_tile,
+    scores,
+    unpruned,
+    visible,
+)
 from .sizes import ceil_div
 from .tiles import classify
 
@@ -70,19 +78,25 @@ def bias_gradient_kernel(
     left_sinks,
     right_sinks,
     score,
+    gates,
     bias,
     mask,
+    blocks,
     ranges,
+    sequences,
     heads_q,
     group,
     bias_heads,
     shared_batches,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SUB: tl.constexpr,
     PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """One tile of a `[{B,1}, {Hq,Hkv,1}, Sq, Sk]` gradient.
 
@@ -100,27 +114,39 @@ def bias_gradient_kernel(
     start_k = tile_k * BLOCK_N
     i = start_q + tl.arange(0, BLOCK_M)
     j = start_k + tl.arange(0, BLOCK_N)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     for shared in range(shared_batches * bias.heads_per_head):
         b = bias_b + shared // bias.heads_per_head
         h = bias_h * bias.heads_per_head + shared % bias.heads_per_head
-        some, _whole = classify(tile_q, tile_k, b, h, bounds, mask, ranges, BLOCK_M, BLOCK_N, SUB)
+        place = Place(b, 0, 0, 0, 0, 0)
+        some, _whole = classify(
+            tile_q, tile_k, place, h, bounds, mask, blocks, ranges, BLOCK_M, BLOCK_N, SUB
+        )
         if some:
-            q_tile = load_tile(q, b, h, start_q, bounds.seqlen_q, BLOCK_M, D, BLOCK_D, True)
-            do_tile = load_tile(do, b, h, start_q, bounds.seqlen_q, BLOCK_M, D, BLOCK_D, True)
-            k_tile = load_tile(
-                k, b, h // group, start_k, bounds.seqlen_k, BLOCK_N, D, BLOCK_D, True
-            )
-            v_tile = load_tile(
-                v, b, h // group, start_k, bounds.seqlen_k, BLOCK_N, D, BLOCK_D, True
-            )
+            n = h // group
+            end_q = bounds.seqlen_q
+            end_k = bounds.seqlen_k
+            q_tile = load_tile(q, b, h, start_q, end_q, BLOCK_M, D, BLOCK_D, True, False)
+            do_tile = load_tile(do, b, h, start_q, end_q, BLOCK_M, DV, BLOCK_DV, True, False)
+            k_tile = load_tile(k, b, n, start_k, end_k, BLOCK_N, D, BLOCK_D, True, False)
+            v_tile = load_tile(v, b, n, start_k, end_k, BLOCK_N, DV, BLOCK_DV, True, False)
             row = (tl.cast(b, tl.int64) * heads_q + h) * rows.padded + i
-            x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-            s, _slope = scores(x, b, h, i[:, None], j[None, :], score, bias, bounds)
-            p = tl.exp2(s * LOG2E - tl.load(rows.lse2 + row)[:, None])
-            keep = visible(b, h, start_q, start_k, bounds, mask, ranges, BLOCK_M, BLOCK_N, False)
+            alpha = None
+            delta = None
+            if gates is not None:
+                alpha = load_alpha(gates, place, h, i)[:, None]
+                delta = load_delta(gates, place, h, j)[None, :]
+            bias_tile = load_bias(bias, place, h, i[:, None], j[None, :], bounds)
+            x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=ACC)
+            s, _, gated, _ = scores(x, score, gates, alpha, delta, bias_tile)
+            p = tl.exp2(s - tl.load(rows.lse2 + row)[:, None])
+            keep = visible(
+                place, h, start_q, start_k, bounds, mask, blocks, ranges, BLOCK_M, BLOCK_N, False
+            )
+            if gates is not None:
+                keep = unpruned(keep, gated, gates, place, h, i[:, None])
             p = tl.where(keep, p, 0.0)  # N2
-            dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
+            dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION, out_dtype=ACC)
             acc += p * (dp - tl.load(rows.delta + row)[:, None])
     at = (tl.cast(plane_of_bias, tl.int64) * bounds.seqlen_q + i[:, None]) * bounds.seqlen_k + j[
         None, :
@@ -141,7 +167,7 @@ def bias_gradient(
     if kind(problem) == Kind.ROWS:
         return _row_sums(problem, rows, lse, dlse)
     if terms.ranges is None:  # the kernel looks up which tiles are empty
-        ranges, _live = preparation.key_ranges(problem, tensors, terms.block)
+        ranges, _live = preparation.key_ranges(problem, tensors, None, terms.block)
         terms = terms._replace(ranges=ranges)
     batch, heads, _, _ = problem.bias
     dbias = rows.delta.new_empty(problem.bias)
@@ -157,9 +183,12 @@ def bias_gradient(
         heads,
         problem.batch // batch if batch else 0,
         D=problem.head_dim,
-        BLOCK_D=arguments.block_d(problem),
+        BLOCK_D=arguments.block_width(problem.head_dim),
+        DV=problem.head_dim_v,
+        BLOCK_DV=arguments.block_width(problem.head_dim_v),
         SUB=terms.block,
         PRECISION=arguments.precision(problem),
+        ACC=arguments.accumulator(problem),
         **tile.options(),
     )
     return dbias
@@ -173,5 +202,8 @@ def _row_sums(
     """
     sums = torch.zeros_like(lse) if dlse is None else torch.where(lse == -torch.inf, 0.0, dlse)
     # A NaN of the row is one of its gradients, too.
-    sums = sums + 0.0 * rows.delta[..., : problem.seqlen_q]
+    if problem.form == Form.PACKED:  # where the bias has one row
+        sums = (sums.sum(-1) + 0.0 * rows.delta.sum(-1))[..., None]
+    else:
+        sums = sums + 0.0 * rows.delta[..., : problem.seqlen_q]
     return reduce(problem, sums.unsqueeze(3))

@@ -23,14 +23,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flash_sparse_attn.problem import AttentionProblem
+from flash_sparse_attn.problem import AttentionProblem, Form
 from flash_sparse_attn.tensors import AttentionTensors
 
 from . import arguments, tuning
 from .arguments import Bias, Ranges, Slots, Terms, broadcast_strides
 from .primitives import ALWAYS, NEVER, store_rows
+from .ranges import store_extrema
 from .sizes import ceil_div
-from .tiles import store_extrema
 
 LIVE_CHUNK = 1024
 """Keys from which one program takes those that any row sees."""
@@ -223,6 +223,8 @@ def gather_keys_kernel(
     tiles,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     SUB: tl.constexpr,
     LARGEST: tl.constexpr,
     BIAS_HEADS: tl.constexpr,
@@ -255,7 +257,7 @@ def gather_keys_kernel(
         tl.store(first_out + record, enters)
         tl.store(last_out + record, leaves)
         _copy_rows(k, k_out, b, n, key, slot, used, False, D, BLOCK_D)
-        _copy_rows(v, v_out, b, n, key, slot, used, lost, D, BLOCK_D)
+        _copy_rows(v, v_out, b, n, key, slot, used, lost, DV, BLOCK_DV)
         if bias is not None:
             for g in tl.static_range(BIAS_HEADS):
                 h = n * BIAS_HEADS + g
@@ -284,6 +286,9 @@ def applies(problem: AttentionProblem) -> bool:
     and nothing that differs inside a group.
     """
     if problem.intervals is None and problem.mask is None:
+        return False
+    other = {"gate", "block_map", "softmax_threshold"}
+    if problem.terms() & other or problem.form != Form.BATCHED or problem.dtype.itemsize == 8:
         return False
     pairs = [term for term in (problem.mask, problem.bias) if term is not None and term[2] != 1]
     if problem.mask in pairs or any(term[3] != 1 for term in pairs):
@@ -407,8 +412,9 @@ def _gather(
     batch, heads, length = ranges.first.shape
     total = slots.segments * slots.capacity
     tiles = total // terms.block
-    shape = (problem.batch, problem.heads_kv, total, problem.head_dim)
-    k, v = (tensors.k.new_empty(shape).transpose(1, 2) for _ in range(2))
+    shape = (problem.batch, problem.heads_kv, total)
+    k = tensors.k.new_empty((*shape, problem.head_dim)).transpose(1, 2)
+    v = tensors.v.new_empty((*shape, problem.head_dim_v)).transpose(1, 2)
     first, last = (ranges.first.new_empty((batch, heads, total)) for _ in range(2))
     extrema = ranges.extrema.new_empty((batch, heads, tiles, 4))
     given, bias, bias_heads = _bias(problem, tensors.bias, batch, total)
@@ -428,7 +434,9 @@ def _gather(
         problem.heads_kv,
         tiles,
         D=problem.head_dim,
-        BLOCK_D=arguments.block_d(problem),
+        BLOCK_D=arguments.block_width(problem.head_dim),
+        DV=problem.head_dim_v,
+        BLOCK_DV=arguments.block_width(problem.head_dim_v),
         SUB=terms.block,
         LARGEST=arguments.RECORD_BLOCK,
         BIAS_HEADS=bias_heads,

@@ -5,6 +5,7 @@ Nothing here reads device data.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,8 +15,19 @@ from torch import Tensor
 from flash_sparse_attn.problem import AttentionProblem
 from flash_sparse_attn.tensors import AttentionTensors
 
-from . import arguments, compaction, packing, tiles, tuning
-from .arguments import Bias, PackedMask, Ranges, Slots, Terms, TileLists, broadcast_strides
+from . import arguments, blocks, compaction, gates, packing, tiles, tuning
+from .arguments import (
+    Bias,
+    PackedMask,
+    Ranges,
+    Sequences,
+    Slots,
+    Terms,
+    TileLists,
+    broadcast_strides,
+)
+from .ranges import key_ranges_kernel
+from .sequences import record
 from .sizes import ceil_div, power_of_2
 from .tuning import Tile
 
@@ -47,40 +59,67 @@ class _KeyMask(NamedTuple):
 
 
 def prepare(
-    problem: AttentionProblem, tensors: AttentionTensors, direction: str
-) -> tuple[AttentionTensors, Terms, Slots | None]:
-    """Read bias, mask and intervals once (S4, V3, V4), and gather the keys where that applies.
+    problem: AttentionProblem,
+    tensors: AttentionTensors,
+    direction: str,
+    kept: Tensor | None = None,
+) -> tuple[AttentionProblem, AttentionTensors, Terms, Slots | None]:
+    """Read gates, bias, masks and intervals once (S3, S4, V3 to V5, V7), and gather the keys where
+    that applies.
 
     Args:
         problem, tensors: of the call.
         direction: "forward" or "backward", for which segments have lengths of their own.
+        kept: in the backward, the set that the forward kept (T1).
 
     Returns:
-        The tensors whose keys the kernels visit, the terms, and the slots of gathered keys.
+        The problem and the tensors that the kernels work on, every tensor `[B, S, H, D]`; the
+        terms; and the slots of gathered keys.
     """
+    if problem.block_map is not None and not blocks.fit(problem):
+        problem, tensors = blocks.as_mask(problem, tensors)
+    sequences = arguments.sequences(problem, tensors)
+    tensors = replace(
+        tensors, **{name: arguments.batched(getattr(tensors, name)) for name in ("q", "k", "v")}
+    )
     block = tuning.mask_block(problem)
     packed = problem.mask is not None and problem.mask[2] != 1
-    listed = problem.mask is not None or problem.intervals is not None
+    pruned = problem.gate_threshold > 0
+    listed = pruned or kept is not None or problem.terms() & {"mask", "intervals", "block_map"}
     compacted = compaction.applies(problem)
     gathers_bias = compacted and problem.bias is not None and problem.bias[2] == 1
-    ranges, live = key_ranges(problem, tensors, block) if listed else (None, None)
+    bias, shown = None, None
+    if tensors.bias is not None and not gathers_bias:
+        bias = _bias(problem, tensors.bias, sequences)
+    if kept is not None:
+        shown = blocks.of_kept(kept)
+    elif problem.block_map is not None:
+        shown = blocks.from_map(problem, tensors.block_map)
+    ranges, live = key_ranges(problem, tensors, sequences, block) if listed else (None, None)
     terms = Terms(
         arguments.bounds(problem),
         arguments.score(problem),
-        None if tensors.bias is None or gathers_bias else _bias(problem, tensors.bias),
+        gates.gates(problem, tensors, sequences, block),
+        bias,
         _pack_mask(problem, tensors.mask, block) if packed else None,
+        shown,
         ranges,
+        sequences,
         block,
     )
+    if pruned:
+        tile = tuning.tile("gate_floor", problem)
+        found = gates.prune(problem, terms, list_tiles(problem, terms, None, tile), tile)
+        terms = terms._replace(gates=found)
     if not compacted:
-        return tensors, terms, None
+        return problem, tensors, terms, None
     rows = tuning.segment_rows(problem, direction, compaction.keys_per_row(problem))
-    return compaction.compact(problem, tensors, terms, live, rows)
+    return problem, *compaction.compact(problem, tensors, terms, live, rows)
 
 
-def _bias(problem: AttentionProblem, bias: Tensor) -> Bias:
-    """S4: a bias of one dim becomes a padded float32 record, which tiles read without tests."""
-    batch, heads, rows, keys = bias.shape
+def _bias(problem: AttentionProblem, bias: Tensor, sequences: Sequences | None) -> Bias:
+    """S4: a bias of one dim becomes a record, which tiles read without tests."""
+    _, heads, rows, keys = bias.shape
     heads_per_head = problem.heads_q // heads
     if rows != 1 and keys != 1:
         block = arguments.RECORD_BLOCK
@@ -88,12 +127,10 @@ def _bias(problem: AttentionProblem, bias: Tensor) -> Bias:
         kind = (tl.constexpr(True), tl.constexpr(True), tl.constexpr(even))
         return Bias(bias, *broadcast_strides(bias)[:2], *bias.stride()[2:], heads_per_head, *kind)
     on_rows = rows != 1
-    length = problem.seqlen_q if on_rows else problem.seqlen_k
-    record = bias.new_zeros((batch, heads, arguments.padded(length)), dtype=torch.float32)
-    record[..., :length].copy_(bias[..., 0] if on_rows else bias[:, :, 0])
-    strides = (*broadcast_strides(record)[:2], int(on_rows), int(not on_rows))
+    made = record(problem, bias[..., 0] if on_rows else bias[:, :, 0], sequences, not on_rows)
+    strides = (*broadcast_strides(made)[:2], int(on_rows), int(not on_rows))
     kind = (tl.constexpr(on_rows), tl.constexpr(not on_rows), tl.constexpr(True))
-    return Bias(record, *strides, heads_per_head, *kind)
+    return Bias(made, *strides, heads_per_head, *kind)
 
 
 def _pack_mask(problem: AttentionProblem, mask: Tensor, block: int) -> PackedMask:
@@ -138,7 +175,10 @@ def _pieces(mask: Tensor) -> tuple[Tensor, int]:
 
 
 def key_ranges(
-    problem: AttentionProblem, tensors: AttentionTensors, block: int
+    problem: AttentionProblem,
+    tensors: AttentionTensors,
+    sequences: Sequences | None,
+    block: int,
 ) -> tuple[Ranges, Tensor]:
     """V1, V2, V4, V6 and a key mask as one run of rows per key; and, int32 `[.., blocks]`, how many
     keys of each block any row sees.
@@ -160,15 +200,15 @@ def key_ranges(
         keys = _KeyMask(mask, batch, head, key, problem.heads_q // mask.shape[1])
     batch, heads = _broadcast(sizes)
     device = tensors.q.device
-    length = arguments.padded(problem.seqlen_k)
+    length = arguments.record_length(problem, problem.seqlen_k)
     first, last = (
         torch.empty((batch, heads, length), dtype=torch.int32, device=device) for _ in range(2)
     )
-    blocks = length // block
-    extrema = torch.empty((batch, heads, blocks, 4), dtype=torch.int32, device=device)
-    live = torch.empty((batch, heads, blocks), dtype=torch.int32, device=device)
+    n_blocks = length // block
+    extrema = torch.empty((batch, heads, n_blocks, 4), dtype=torch.int32, device=device)
+    live = torch.empty((batch, heads, n_blocks), dtype=torch.int32, device=device)
     heads_per_head = problem.heads_q // heads
-    tiles.key_ranges_kernel[(batch * heads * blocks,)](
+    key_ranges_kernel[(batch * heads * n_blocks,)](
         first,
         last,
         extrema,
@@ -176,10 +216,12 @@ def key_ranges(
         *arguments.bounds(problem),
         intervals,
         keys,
+        sequences,
         heads,
         heads_per_head,
-        blocks,
+        n_blocks,
         SUB=block,
+        RECORD=arguments.RECORD_BLOCK,
     )
     strides = (*broadcast_strides(first)[:2], heads_per_head)
     bits_suffice = problem.mask is not None and problem.mask[2] != 1 and problem.mask[3] > 1
@@ -203,17 +245,26 @@ def list_tiles(
     """
     if terms.ranges is None or (transposed and slots is not None):
         return None
+    pruning = terms.gates if terms.gates is not None and terms.gates.pruned.value else None
     sizes = [terms.ranges.first.shape[:2]]
     if terms.mask is not None:
         sizes.append(terms.mask.words.shape[:2])
+    if terms.blocks is not None:
+        sizes.append(terms.blocks.words.shape[:2])
+    if pruning is not None:
+        sizes.append(pruning.alpha.shape[:2])
     batch, heads = _broadcast(sizes)
-    own = ceil_div(terms.bounds.seqlen_q, tile.block_m)
-    other = ceil_div(terms.bounds.seqlen_k, tile.block_n)
+    longest_q, longest_k = terms.bounds.seqlen_q, terms.bounds.seqlen_k
+    if terms.sequences is not None:
+        longest_q, longest_k = problem.max_seqlen_q, problem.max_seqlen_k
+    own = arguments.rows_of_tiles(problem, terms.bounds.seqlen_q, tile.block_m)
+    other = ceil_div(longest_k, tile.block_n)
     if transposed:
-        own, other = other, own
+        own = arguments.rows_of_tiles(problem, terms.bounds.seqlen_k, tile.block_n)
+        other = ceil_div(longest_q, tile.block_m)
     strides = (0 if batch == 1 else heads * own, 0 if heads == 1 else own)
     heads_per_list = problem.heads_q // heads
-    sizes = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SUB": terms.block}
+    shape = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SUB": terms.block}
     if slots is not None and compaction.spans(problem, slots):
         index = terms.ranges.first.new_empty(batch * heads * own * 4)
         tiles_k = slots.capacity // tile.block_n
@@ -226,23 +277,28 @@ def list_tiles(
             slots.rows,
             tiles_k,
             TILES=power_of_2(tiles_k),
-            **sizes,
+            **shape,
         )
         return TileLists(index, index, 4, *strides, heads_per_list, tl.constexpr(True))
     n = batch * heads * own
-    record = terms.ranges.first.new_empty(n * (other + 2))
-    index, counts = record[: n * other], record[n * other :]
+    made = terms.ranges.first.new_empty(n * (other + 2))
+    index, counts = made[: n * other], made[n * other :]
     tiles.list_tiles_kernel[(n,)](
         index,
         counts,
         *terms.bounds,
+        pruning,
         terms.mask,
+        terms.blocks,
         terms.ranges,
+        terms.sequences,
         heads,
         heads_per_list,
+        own,
+        other,
         TRANSPOSED=transposed,
         CHUNK=LIST_CHUNK,
-        **sizes,
+        **shape,
     )
     return TileLists(index, counts, other, *strides, heads_per_list, tl.constexpr(False))
 

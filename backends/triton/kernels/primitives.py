@@ -11,10 +11,19 @@ whatever the number of rules.
 import triton
 import triton.language as tl
 
+from flash_sparse_attn.problem import KEPT_BLOCK
+
 NEVER: tl.constexpr = tl.constexpr(2**31 - 1)
 ALWAYS: tl.constexpr = tl.constexpr(-(2**31))
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+KEPT_ROWS: tl.constexpr = tl.constexpr(KEPT_BLOCK[0])
+KEPT_KEYS: tl.constexpr = tl.constexpr(KEPT_BLOCK[1])
+_LOG2_1P_1: tl.constexpr = tl.constexpr(1.441965617)
+_LOG2_1P_2: tl.constexpr = tl.constexpr(-0.709662822)
+_LOG2_1P_3: tl.constexpr = tl.constexpr(0.417595780)
+_LOG2_1P_4: tl.constexpr = tl.constexpr(-0.196269627)
+_LOG2_1P_5: tl.constexpr = tl.constexpr(0.046385354)
 
 
 @triton.jit
@@ -48,15 +57,19 @@ def load_tile(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     RAGGED: tl.constexpr,
+    CUT: tl.constexpr,
 ):
     """Rows start .. start + ROWS of x[b, :, h, :], [ROWS, BLOCK_D].
 
     Columns from D on read as 0, and so do rows from `limit` on if RAGGED; without RAGGED the caller
     knows that all rows exist. An operand that is a tensor descriptor over [B, H, S, D] is read by
-    the copy engine (TMA), which fills with 0 by itself.
+    the copy engine (TMA), which fills with 0 what is past its end; CUT says that rows may lie
+    between `limit` and there.
     """
     if isinstance(x, tl.core.tensor_descriptor_base):
         tile = tl.reshape(x.load([b, h, start, 0]), [ROWS, BLOCK_D])
+        if RAGGED and CUT:
+            tile = tl.where((start + tl.arange(0, ROWS) < limit)[:, None], tile, 0.0)
     else:
         pointers = tile_pointers(x, b, h, start, ROWS, BLOCK_D)
         if RAGGED or D != BLOCK_D:
@@ -103,14 +116,14 @@ def capped(x, score):
 
 
 @triton.jit
-def load_bias(bias, b, h, i, j, bounds):
+def load_bias(bias, place, h, i, j, bounds):
     """The bias (S4) at rows i and keys j, in their broadcast shape.
 
     Only the dims that the bias has are read.
     """
     pointers = (
         bias.pointer
-        + tl.cast(b, tl.int64) * bias.batch
+        + tl.cast(place.batch, tl.int64) * bias.batch
         + tl.cast(h // bias.heads_per_head, tl.int64) * bias.head
     )
     if bias.has_rows and bias.has_keys:
@@ -121,10 +134,72 @@ def load_bias(bias, b, h, i, j, bounds):
             exists = (i < bounds.seqlen_q) & (j < bounds.seqlen_k)
             value = tl.load(pointers, mask=exists, other=0.0)
     elif bias.has_keys:
-        value = tl.load(pointers + j)
+        value = tl.load(pointers + (place.key_record + j))
     else:
-        value = tl.load(pointers + i)
-    return value.to(tl.float32)
+        value = tl.load(pointers + (place.row_record + i))
+    return value
+
+
+@triton.jit
+def load_alpha(gates, place, h, i):
+    """alpha (S3) at rows i; 0 at rows that do not exist, so that all of their g are finite."""
+    record = tl.cast(place.batch, tl.int64) * gates.alpha_batch + h * gates.alpha_head
+    return tl.load(gates.alpha + record + place.row_record + i)
+
+
+@triton.jit
+def load_floor(gates, place, h, i):
+    """The least gate that rows i keep (V7)."""
+    record = tl.cast(place.batch, tl.int64) * gates.alpha_batch + h * gates.alpha_head
+    return tl.load(gates.floor + record + place.row_record + i)
+
+
+@triton.jit
+def unpruned(keep, gated, gates, place, h, i):
+    """The elements of `keep` whose gates V7 keeps; i in the shape that broadcasts to theirs."""
+    if gates.pruned:
+        keep = keep & ~(gated < load_floor(gates, place, h, i))
+    return keep
+
+
+@triton.jit
+def load_delta(gates, place, h, j):
+    """delta (S3) at keys j."""
+    head = h // gates.heads_per_delta
+    record = tl.cast(place.batch, tl.int64) * gates.delta_batch + head * gates.delta_head
+    return tl.load(gates.delta + record + place.key_record + j)
+
+
+@triton.jit
+def log2_1p(y, FINE: tl.constexpr):
+    """log2(1 + y) for 0 <= y <= 1.
+
+    Where a 16-bit result follows, by a polynomial (least maximal error, 1.5e-5), which leaves the
+    unit that takes exponentials and logarithms to the softmax.
+    """
+    if FINE:
+        value = tl.log2(1.0 + y)
+    else:
+        value = _LOG2_1P_5
+        value = value * y + _LOG2_1P_4
+        value = value * y + _LOG2_1P_3
+        value = value * y + _LOG2_1P_2
+        value = value * y + _LOG2_1P_1
+        value = value * y
+    return value
+
+
+@triton.jit
+def gate(gates, x):
+    """(c g(x), g'(x)) of S3 for x = alpha delta, the former in base 2."""
+    if gates.logsigmoid:
+        y = tl.exp2(tl.abs(x) * -LOG2E)
+        value = tl.minimum(x, 0.0) * LOG2E - log2_1p(y, gates.fine)
+        slope = tl.where(x < 0.0, 1.0, y) / (1.0 + y)
+    else:
+        value = x * LOG2E
+        slope = 1.0
+    return value * gates.scale, slope
 
 
 @triton.jit
@@ -185,62 +260,113 @@ def mask_bits(
 
 
 @triton.jit
+def block_bits(
+    blocks,
+    place,
+    h,
+    start_q,
+    start_k,
+    bounds,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """V5, T1 for one tile: [BLOCK_M, BLOCK_N], or its transpose. Its keys share one word."""
+    base = (
+        blocks.words
+        + tl.cast(place.batch, tl.int64) * blocks.batch
+        + tl.cast(h // blocks.heads_per_head, tl.int64) * blocks.head
+    )
+    i = start_q + tl.arange(0, BLOCK_M)
+    row = place.row_block + i // KEPT_ROWS
+    entry = base + row.to(tl.int64) * blocks.row + start_k // (32 * KEPT_KEYS)
+    words = tl.load(entry, mask=i < bounds.seqlen_q, other=0)
+    nth = (start_k + tl.arange(0, BLOCK_N)) // KEPT_KEYS % 32
+    bits = words[None, :] >> nth[:, None] if TRANSPOSED else words[:, None] >> nth[None, :]
+    return bits & 1 != 0
+
+
+@triton.jit
 def visible(
-    b,
+    place,
     h,
     start_q,
     start_k,
     bounds,
     mask,
+    blocks,
     ranges,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
-    """Which elements of a tile are visible: [BLOCK_M, BLOCK_N], or its transpose."""
+    """Which elements of a tile are visible but for V7: [BLOCK_M, BLOCK_N], or its transpose."""
     i = start_q + tl.arange(0, BLOCK_M)
     j = start_k + tl.arange(0, BLOCK_N)
     if ranges is None:
         keep = in_range(i, *bound_range(j, bounds), TRANSPOSED)
     elif ranges.binding:
         at = (
-            tl.cast(b, tl.int64) * ranges.batch
+            tl.cast(place.batch, tl.int64) * ranges.batch
             + tl.cast(h // ranges.heads_per_head, tl.int64) * ranges.head
+            + place.key_record
         )
         first = tl.load(ranges.first + at + j)
         last = tl.load(ranges.last + at + j)
         keep = in_range(i, first, last, TRANSPOSED)
         if mask is not None:
-            keep = keep & mask_bits(mask, b, h, start_q, start_k, BLOCK_M, BLOCK_N, TRANSPOSED)
+            bits = mask_bits(mask, place.batch, h, start_q, start_k, BLOCK_M, BLOCK_N, TRANSPOSED)
+            keep = keep & bits
     else:
-        keep = mask_bits(mask, b, h, start_q, start_k, BLOCK_M, BLOCK_N, TRANSPOSED)
+        keep = mask_bits(mask, place.batch, h, start_q, start_k, BLOCK_M, BLOCK_N, TRANSPOSED)
+    if blocks is not None:
+        keep = keep & block_bits(
+            blocks, place, h, start_q, start_k, bounds, BLOCK_M, BLOCK_N, TRANSPOSED
+        )
     return keep
 
 
 @triton.jit
 def hide_if(
-    hides, x, b, h, start_q, start_k, bounds, ranges, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    hides,
+    x,
+    place,
+    h,
+    start_q,
+    start_k,
+    bounds,
+    ranges,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """Scores x with those of hidden elements at -inf (N2), if the tile hides any."""
     if hides:
-        keep = visible(b, h, start_q, start_k, bounds, None, ranges, BLOCK_M, BLOCK_N, False)
+        keep = visible(
+            place, h, start_q, start_k, bounds, None, None, ranges, BLOCK_M, BLOCK_N, False
+        )
         x = tl.where(keep, x, float("-inf"))
     return x
 
 
 @triton.jit
-def scores(x, b, h, i, j, score, bias, bounds):
-    """(s, slope) of S1, S2 and S4 for raw products x: slope is that of S2, which G1 needs.
+def scores(x, score, gates, alpha, delta, bias):
+    """(s, slope, gated, gate_slope) of S1 to S4 for raw products x, s in base 2.
 
-    i and j are in their broadcast shapes.
+    alpha, delta and the bias are in shapes that broadcast to that of x, None where absent. The
+    slopes are those of S2 and S3, which G1 needs; `gated` is c g in base 2, which V7 compares.
     """
     slope = 1.0
+    gated = 0.0
+    gate_slope = 1.0
     if score.inner is not None:
         u = capped(x, score)
         s = u * score.outer
         slope = 1.0 - u * u
     else:
         s = x * score.outer
+    if gates is not None:
+        gated, gate_slope = gate(gates, alpha * delta)
+        s = s + gated
     if bias is not None:
-        s = s + load_bias(bias, b, h, i, j, bounds)
-    return s, slope
+        s = s + bias.to(s.dtype) * LOG2E
+    return s, slope, gated, gate_slope

@@ -131,6 +131,8 @@ def sum_slots_kernel(
     heads_kv,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
     KEYS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -150,7 +152,7 @@ def sum_slots_kernel(
     g = tl.arange(0, BLOCK_G)
     nth_key = tile * KEYS + tl.arange(0, KEYS)
     dk_acc = tl.zeros([KEYS, BLOCK_D], tl.float32)
-    dv_acc = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    dv_acc = tl.zeros([KEYS, BLOCK_DV], tl.float32)
     dbias_acc = tl.zeros([KEYS, BLOCK_G], tl.float32)
 
     exists = nth_key < seqlen_k
@@ -159,7 +161,7 @@ def sum_slots_kernel(
     if dk is not None:
         store_rows(dk, b, n, nth_key, dead, dk_acc, D, BLOCK_D)
     if dv is not None:
-        store_rows(dv, b, n, nth_key, dead, dv_acc, D, BLOCK_D)
+        store_rows(dv, b, n, nth_key, dead, dv_acc, DV, BLOCK_DV)
     if dbias is not None:
         keep = dead[:, None] & (g < GROUP)[None, :]
         tl.store(dbias + (head + g)[None, :] * seqlen_k + nth_key[:, None], dbias_acc, mask=keep)
@@ -180,11 +182,11 @@ def sum_slots_kernel(
         if dk is not None:
             dk_acc += _load_rows(dk_parts, b, n, target, has, D, BLOCK_D)
         if dv is not None:
-            dv_acc += _load_rows(dv_parts, b, n, target, has, D, BLOCK_D)
+            dv_acc += _load_rows(dv_parts, b, n, target, has, DV, BLOCK_DV)
     if dk is not None:
         store_rows(dk, b, n, j, exists, dk_acc, D, BLOCK_D)
     if dv is not None:
-        store_rows(dv, b, n, j, exists, dv_acc, D, BLOCK_D)
+        store_rows(dv, b, n, j, exists, dv_acc, DV, BLOCK_DV)
     if dbias is not None:
         keep = exists[:, None] & (g < GROUP)[None, :]
         tl.store(dbias + (head + g)[None, :] * seqlen_k + j[:, None], dbias_acc, mask=keep)
@@ -216,13 +218,14 @@ def add_up(
     dv_parts: Tensor | None,
     dbias_parts: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dk and dv `[B, Sk, Hkv, D]` in the dtype of the call, dbias float32 `[B, Hq, Sk]`.
+    """dk `[B, Sk, Hkv, D]`, dv `[B, Sk, Hkv, Dv]` in the dtype of the call, dbias float32
+    `[B, Hq, Sk]`.
 
     Args:
         problem: of the call.
         slots: of its keys.
         block_n: keys of a tile of `key_gradients_kernel`.
-        dk_parts, dv_parts: float32 `[B, parts * block_n, Hkv, D]`, or None.
+        dk_parts, dv_parts: float32 `[B, parts * block_n, Hkv, {D,Dv}]`, or None.
         dbias_parts: float32 `[B, Hkv, parts * block_n, G]`, or None.
     """
     planes, total = slots.first[..., 0].numel(), slots.segments * slots.capacity
@@ -235,9 +238,9 @@ def add_up(
     index_slots_kernel[(planes * (total // INDEX_CHUNK),)](
         index, offset, slots, problem.seqlen_q, length, CHUNK=INDEX_CHUNK
     )
-    keys = (problem.batch, problem.seqlen_k, problem.heads_kv, problem.head_dim)
+    keys = (problem.batch, problem.seqlen_k, problem.heads_kv)
     dk, dv = (
-        None if part is None else part.new_empty(keys, dtype=problem.dtype)
+        None if part is None else part.new_empty((*keys, part.shape[3]), dtype=problem.dtype)
         for part in (dk_parts, dv_parts)
     )
     dbias = None
@@ -259,7 +262,9 @@ def add_up(
         targets,
         problem.heads_kv,
         D=problem.head_dim,
-        BLOCK_D=arguments.block_d(problem),
+        BLOCK_D=arguments.block_width(problem.head_dim),
+        DV=problem.head_dim_v,
+        BLOCK_DV=arguments.block_width(problem.head_dim_v),
         BLOCK_N=block_n,
         KEYS=KEYS,
         GROUP=problem.group,

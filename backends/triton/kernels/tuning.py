@@ -71,7 +71,8 @@ def tile(kernel: str, problem: AttentionProblem, gathered: bool = False) -> Tile
         unfit.add("bare")
     if problem.bias is not None and 1 not in problem.bias[2:] and problem.bias_dtype.itemsize == 4:
         unfit.add("light")
-    key = (problem.arch or 0, problem.dtype.itemsize, problem.head_dim, frozenset(unfit))
+    width = max(problem.head_dim, problem.head_dim_v)
+    key = (problem.arch or 0, problem.dtype.itemsize, width, frozenset(unfit))
     return _lookup(kernel, *key)
 
 
@@ -121,3 +122,27 @@ def _lookup(kernel: str, arch: int, itemsize: int, head_dim: int, unfit: frozens
         and not any(row.get(kind, False) for kind in unfit)
     )
     return Tile(row["m"], row["n"], row["warps"], row["stages"], row["tma"])
+
+
+DECODE_SHARED_MEMORY = {80: 101376, 90: 232448, 100: 232448, 120: 101376}
+"""Bytes that the programs of a multiprocessor share for certain, by family."""
+MOST_DECODE_PROGRAMS = 4
+INTERPRETED_DECODE_PROGRAMS = 12
+
+
+def decode_tile(problem: AttentionProblem, scattered: bool) -> Tile:
+    """The tile of decoding, of keys that lie side by side or that are scattered."""
+    width = max(problem.head_dim, problem.head_dim_v)
+    unfit = frozenset() if scattered else frozenset({"gathered"})
+    return _lookup("decode", problem.arch or 0, problem.dtype.itemsize, width, unfit)
+
+
+def decode_slots(problem: AttentionProblem, tile: Tile, device: torch.device) -> int:
+    """Programs of decoding that run at a time: as many as have their pipelines in shared memory."""
+    if problem.arch is None:
+        return INTERPRETED_DECODE_PROGRAMS
+    memory = DECODE_SHARED_MEMORY[max(x for x in DECODE_SHARED_MEMORY if x <= problem.arch)]
+    width = power_of_2(problem.head_dim) + power_of_2(problem.head_dim_v)
+    pipeline = tile.stages * tile.block_n * width * problem.dtype.itemsize
+    programs = max(1, min(MOST_DECODE_PROGRAMS, memory // pipeline))
+    return _multiprocessors(device) * programs

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from ..api import flash_sparse_attn_func
 from ..masks import IntervalMask
+from ..streaming import DynamicMaskCache, require_size
 from ..validation import HEAD_DIM_MAX, message, require_tensor
 
 Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -57,10 +58,10 @@ class DynamicMaskAttentionConfig:
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_heads", "window_size"):
-            _require_size(name, getattr(self, name))
+            require_size(name, getattr(self, name))
         if self.num_kv_heads is None:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
-        _require_size("num_kv_heads", self.num_kv_heads)
+        require_size("num_kv_heads", self.num_kv_heads)
         if self.num_heads % self.num_kv_heads:
             expected = f"a multiple of num_kv_heads {self.num_kv_heads}"
             raise ValueError(message("E2", "num_heads", self.num_heads, expected))
@@ -69,7 +70,7 @@ class DynamicMaskAttentionConfig:
                 expected = f"a multiple of num_heads {self.num_heads}, or head_dim"
                 raise ValueError(message("E2", "hidden_size", self.hidden_size, expected))
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
-        _require_size("head_dim", self.head_dim)
+        require_size("head_dim", self.head_dim)
         if self.head_dim > HEAD_DIM_MAX:
             expected = f"at most {HEAD_DIM_MAX}"
             raise ValueError(message("E7", "head_dim", self.head_dim, expected))
@@ -85,48 +86,6 @@ class DynamicMaskAttentionConfig:
             raise ValueError(message("E6", "softmax_scale", scale, "a finite number"))
         if self.backend is not None and not isinstance(self.backend, str):
             raise TypeError(message("E1", "backend", repr(self.backend), "a name or None"))
-
-
-@dataclass
-class DynamicMaskCache:
-    """What a layer keeps of the tokens it has seen; a new one is empty.
-
-    Keys that no row to come can see (M5) are held all the same: a new token costs O(S).
-
-    Attributes:
-        key: `[B, S, Hkv, D]`, rotated if the layer was given a rotation.
-        value: `[B, S, Hkv, D]`.
-        scores: `[B, Hkv, S]`, float32 (float64 for float64).
-        key_padding_mask: bool `[B, S]`, or None while every token is a key.
-    """
-
-    key: Tensor | None = None
-    value: Tensor | None = None
-    scores: Tensor | None = None
-    key_padding_mask: Tensor | None = None
-
-    @property
-    def seqlen(self) -> int:
-        """Tokens held, padding included: the position of the next one."""
-        return 0 if self.key is None else self.key.shape[1]
-
-    def append(
-        self, key: Tensor, value: Tensor, scores: Tensor, key_padding_mask: Tensor | None
-    ) -> None:
-        """Add S new tokens, in the shapes of the attributes."""
-        if self.key is None:
-            self.key, self.value, self.scores = key, value, scores
-            self.key_padding_mask = key_padding_mask
-            return
-        if self.key_padding_mask is not None or key_padding_mask is not None:
-            parts = ((self.key_padding_mask, self.key), (key_padding_mask, key))
-            masks = [
-                k.new_ones(k.shape[:2], dtype=torch.bool) if m is None else m for m, k in parts
-            ]
-            self.key_padding_mask = torch.cat(masks, 1)
-        self.key = torch.cat((self.key, key), 1)
-        self.value = torch.cat((self.value, value), 1)
-        self.scores = torch.cat((self.scores, scores), 2)
 
 
 class DynamicMaskAttention(nn.Module):
@@ -183,6 +142,31 @@ class DynamicMaskAttention(nn.Module):
             ).contiguous()  # keys adjacent, as those who read scores want them
             return (self.A.to(dtype)[:, None] * F.softplus(dt)).exp()
 
+    def allocate_cache(self, batch_size: int, dtype: torch.dtype | None = None) -> DynamicMaskCache:
+        """An empty cache of this layer's sizes, on its device.
+
+        Args:
+            batch_size: B.
+            dtype: of keys and values. Default: that in which the layer computes them here, the
+                parameters' or that of an enclosing `torch.autocast`.
+
+        Raises:
+            TypeError, ValueError: as `DynamicMaskCache`.
+        """
+        config, weight = self.config, self.k_proj.weight
+        if dtype is None:
+            device, dtype = weight.device.type, weight.dtype
+            if device != "meta" and torch.is_autocast_enabled(device):
+                dtype = torch.get_autocast_dtype(device)
+        return DynamicMaskCache(
+            batch_size,
+            config.window_size,
+            config.num_kv_heads,
+            config.head_dim,
+            device=weight.device,
+            dtype=dtype,
+        )
+
     def forward(
         self,
         x: Tensor,
@@ -198,18 +182,23 @@ class DynamicMaskAttention(nn.Module):
                 of the output mean nothing.
             rotary: position embedding, `(query [B, S, Hq, D], key [B, S, Hkv, D]) -> (query, key)`;
                 it knows the positions of x itself. None = none.
-            cache: tokens before x; x is added to it. Row i of x chooses among the keys in the cache
-                and its own up to i.
+            cache: the best of the keys before x (`allocate_cache`), to which those of x are
+                admitted. Row i of x chooses among the keys held and its own up to i, which is the
+                choice among all tokens so far (M5). The memory of a cache, and the time of a token,
+                do not grow with the tokens seen.
 
         Returns:
-            `[B, S, hidden_size]`, differentiable in x and in every parameter, also through a cache.
+            `[B, S, hidden_size]`; without a cache differentiable in x and in every parameter.
 
         Raises:
-            TypeError: x is not a tensor, the mask not a bool tensor (E1, E3).
-            ValueError: x or the mask is of the wrong shape (E2, E5).
-            NotImplementedError, ImportError: as `flash_sparse_attn_func` (E9).
+            TypeError: x is not a tensor, the mask not a bool tensor, the cache not a cache or of
+                another dtype (E1, E3).
+            ValueError: x, the mask or the cache is of the wrong shape (E2, E5).
+            NotImplementedError: a gradient is asked for through a cache, which takes none; and as
+                `flash_sparse_attn_func` (E9).
+            ImportError: as `flash_sparse_attn_func` (E9).
         """
-        self._require_inputs(x, key_padding_mask)
+        self._require_inputs(x, key_padding_mask, cache)
         query, key, value = (
             projection(x).unflatten(-1, (-1, self.config.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -217,38 +206,42 @@ class DynamicMaskAttention(nn.Module):
         if rotary is not None:
             query, key = rotary(query, key)
         scores = self.key_scores(value)
+        options = {"softmax_scale": self.config.softmax_scale, "backend": self.config.backend}
         if cache is not None:
-            cache.append(key, value, scores, key_padding_mask)
-            key, value, scores = cache.key, cache.value, cache.scores
-            key_padding_mask = cache.key_padding_mask
-        best = IntervalMask.topk(  # M5
-            scores,
-            self.config.window_size,
-            key_padding_mask=key_padding_mask,
-            seqlen_q=x.shape[1],
-        )
-        o = flash_sparse_attn_func(
-            query,
-            key,
-            value,
-            attn_mask=best,
-            attn_bias=scores[:, :, None],  # S4
-            softmax_scale=self.config.softmax_scale,
-            is_causal=True,
-            backend=self.config.backend,
-        )
+            o = cache.attend(query, key, value, scores, key_padding_mask, **options)
+        else:
+            o = flash_sparse_attn_func(
+                query,
+                key,
+                value,
+                attn_mask=IntervalMask.topk(  # M5
+                    scores, self.config.window_size, key_padding_mask=key_padding_mask
+                ),
+                attn_bias=scores[:, :, None],  # S4
+                is_causal=True,
+                **options,
+            )
         return self.o_proj(o.flatten(2))
 
     def extra_repr(self) -> str:
         """The part of the config that the parameters do not show."""
         return f"window_size={self.config.window_size}"
 
-    def _require_inputs(self, x: Tensor, key_padding_mask: Tensor | None) -> None:
+    def _require_inputs(
+        self, x: Tensor, key_padding_mask: Tensor | None, cache: DynamicMaskCache | None
+    ) -> None:
         require_tensor("x", x)
         hidden_size = self.config.hidden_size
         if x.dim() != 3 or x.shape[2] != hidden_size:
             expected = f"[B, S, hidden_size {hidden_size}]"
             raise ValueError(message("E2", "shape of x", tuple(x.shape), expected))
+        if cache is not None and not isinstance(cache, DynamicMaskCache):
+            expected = "a DynamicMaskCache or None"
+            raise TypeError(message("E1", "cache", type(cache).__name__, expected))
+        window_size = self.config.window_size
+        if cache is not None and cache.window_size != window_size:
+            expected = f"{window_size}, that of the layer"
+            raise ValueError(message("E2", "window_size of cache", cache.window_size, expected))
         require_tensor("key_padding_mask", key_padding_mask, optional=True)
         if key_padding_mask is None:
             return
@@ -258,11 +251,3 @@ class DynamicMaskAttention(nn.Module):
         if key_padding_mask.shape != x.shape[:2]:
             got, expected = tuple(key_padding_mask.shape), f"{tuple(x.shape[:2])}, [B, S] of x"
             raise ValueError(message("E5", "shape of key_padding_mask", got, expected))
-
-
-def _require_size(name: str, value: object) -> None:
-    """E1 and E6 for a size of the config."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(message("E1", name, repr(value), "an int >= 1"))
-    if value < 1:
-        raise ValueError(message("E6", name, value, "an int >= 1"))

@@ -1,15 +1,16 @@
 """Between a padded batch `[B, S, ...]` and its packed form `[T, ...]` (V6).
 
-The published names, arguments and returns. Gradients pass from packed to padded tokens and back.
-The number of tokens and `max_seqlen` are known to Python, so on a GPU packing waits for the device.
+The published names, arguments and returns, on top of `packing`. Gradients pass from packed to
+padded tokens and back. The number of tokens and `max_seqlen` are known to Python, so on a GPU
+packing waits for the device; `packing.Packing` can do without.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from ..packing import Packing, gather_tokens, scatter_tokens
 from ..validation import message, require_tensor
 
 
@@ -28,8 +29,7 @@ def index_first_axis(tensor: Tensor, indices: Tensor) -> Tensor:
         ValueError: `tensor` has fewer than two dims (E2).
     """
     _require_rank("tensor", tensor, least=2)
-    require_tensor("indices", indices)
-    return tensor.flatten(0, 1).index_select(0, indices)
+    return gather_tokens(tensor, indices)
 
 
 def unpad_input(
@@ -81,12 +81,7 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
         ValueError: `indices` is not `[T]` (E2).
     """
     _require_rank("hidden_states", hidden_states, least=1)
-    require_tensor("indices", indices)
-    if indices.shape != hidden_states.shape[:1]:
-        expected = tuple(hidden_states.shape[:1])
-        raise ValueError(message("E2", "shape of indices", tuple(indices.shape), expected))
-    padded = hidden_states.new_zeros(batch * seqlen, *hidden_states.shape[1:])
-    return padded.index_copy(0, indices.long(), hidden_states).unflatten(0, (batch, seqlen))
+    return scatter_tokens(hidden_states, indices, batch, seqlen)
 
 
 def get_unpad_data(attention_mask: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -105,11 +100,8 @@ def get_unpad_data(attention_mask: Tensor) -> tuple[Tensor, Tensor, int]:
         ValueError: not 2-D (E2).
     """
     _require_rank("attention_mask", attention_mask, least=2, most=2)
-    tokens = attention_mask != 0
-    lengths = tokens.sum(1, dtype=torch.int32)
-    cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    max_seqlen = int(lengths.max()) if lengths.numel() else 0
-    return tokens.flatten().nonzero().flatten(), cu_seqlens, max_seqlen
+    packing = Packing.from_mask(attention_mask)
+    return packing.indices, packing.cu_seqlens, packing.max_seqlen
 
 
 def _require_rank(name: str, tensor: Tensor, least: int, most: int | None = None) -> None:

@@ -160,8 +160,8 @@ def compile_call(
     assert not against, against
     alike = mock.patch.object(tuning, "_multiprocessors", return_value=MULTIPROCESSORS)
     with alike, compiling_only(arch) as compiled:
-        o, lse = backend.forward(problem, tensors)
-        backend.backward(problem, tensors, o, lse, tensors.q, lse)  # do in the layout of q
+        o, lse, kept = backend.forward(problem, tensors)
+        backend.backward(problem, tensors, o, lse, kept, tensors.q, lse)  # do in the layout of q
     return {
         name: Kernel(name, kernel.metadata.shared, _sass(kernel.asm["cubin"]))
         for name, kernel in compiled

@@ -87,8 +87,8 @@ def run(
     against = backend.unsupported(problem)
     assert not against, against
     with poisoned_memory("cpu"), checked_memory():
-        o, lse = backend.forward(problem, tensors)
-        gradients = backend.backward(problem, tensors, o, lse, do, dlse)
+        o, lse, kept = backend.forward(problem, tensors)
+        gradients = backend.backward(problem, tensors, o, lse, kept, do, dlse)
     assert tuple(gradients) == problem.grads
     _require_contract(problem, tensors, o, lse, gradients)
     return {"o": o, "lse": lse} | {f"d{name}": x for name, x in gradients.items()}

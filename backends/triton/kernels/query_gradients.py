@@ -1,0 +1,192 @@
+"""dq, and the sums of ds over keys that the gates of rows take (G1)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flash_sparse_attn.problem import AttentionProblem
+from flash_sparse_attn.tensors import AttentionTensors
+
+from . import arguments, preparation, tuning
+from .arguments import Bounds, RowTerms, Slots, Terms
+from .primitives import (
+    load_alpha,
+    load_bias,
+    load_delta,
+    load_tile,
+    scores,
+    store_rows,
+    unpruned,
+    visible,
+)
+from .row_terms import row_of_record
+from .sequences import clear_rest, place_tile
+from .spans import key_tiles, nth_tile
+
+
+@triton.jit(do_not_specialize=[*Bounds._fields, "heads_q", "group", "tiles_q"])
+def query_gradients_kernel(
+    q,
+    k,
+    v,
+    do,
+    dq,
+    dalpha,
+    rows,
+    seqlen_q,
+    seqlen_k,
+    left,
+    right,
+    left_sinks,
+    right_sinks,
+    score,
+    gates,
+    bias,
+    mask,
+    blocks,
+    ranges,
+    sequences,
+    lists,
+    scale,
+    heads_q,
+    group,
+    tiles_q,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """dq and dalpha, [B, Hq, Sq], each None if not wanted; grid query tiles * batch * heads, in the
+    order of the forward.
+    """
+    bounds = Bounds(seqlen_q, seqlen_k, left, right, left_sinks, right_sinks)
+    h = tl.program_id(0) % heads_q
+    nth = tl.program_id(0) // heads_q
+    nth = nth // tiles_q * tiles_q + (tiles_q - 1 - nth % tiles_q)
+    place, bounds, tile_q, exists = place_tile(bounds, sequences, nth, tiles_q, BLOCK_M, False)
+    if not exists:
+        return
+    start_q = tile_q * BLOCK_M
+    i = start_q + tl.arange(0, BLOCK_M)
+    first_row = place.row + start_q
+    end_row = place.row + bounds.seqlen_q
+    end_key = place.key + bounds.seqlen_k
+    CUT: tl.constexpr = sequences is not None
+    RAW: tl.constexpr = score.inner is None and gates is None and bias is None
+
+    own = nth if CUT else tile_q
+    tiles, n_full, n_partial = key_tiles(bounds, lists, place, h, tile_q, own, BLOCK_M, BLOCK_N)
+
+    q_tile = load_tile(q, place.batch, h, first_row, end_row, BLOCK_M, D, BLOCK_D, True, CUT)
+    do_tile = load_tile(do, place.batch, h, first_row, end_row, BLOCK_M, DV, BLOCK_DV, True, CUT)
+    row_base = row_of_record(tl.cast(place.batch, tl.int64) * heads_q + h, rows) + place.row_record
+    lse2 = tl.load(rows.lse2 + row_base + i)
+    row_delta = tl.load(rows.delta + row_base + i)
+    alpha = None
+    delta = None
+    bias_tile = None
+    if gates is not None:
+        alpha = load_alpha(gates, place, h, i)[:, None]
+    if dq is not None:
+        acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+    if dalpha is not None:
+        dalpha_acc = tl.zeros([BLOCK_M], ACC)
+    for PARTIAL in tl.static_range(2):
+        for t in range(n_partial if PARTIAL else n_full):
+            start_k = nth_tile(tiles, lists, t, PARTIAL) * BLOCK_N
+            first_key = place.key + start_k
+            j = start_k + tl.arange(0, BLOCK_N)
+            k_tile = load_tile(
+                k, place.batch, h // group, first_key, end_key, BLOCK_N, D, BLOCK_D, PARTIAL, CUT
+            )
+            v_tile = load_tile(
+                v, place.batch, h // group, first_key, end_key, BLOCK_N, DV, BLOCK_DV, PARTIAL, CUT
+            )
+            if PARTIAL:
+                keep = visible(
+                    place, h, start_q, start_k, bounds, mask, blocks, ranges,
+                    BLOCK_M, BLOCK_N, False,
+                )  # fmt: skip
+            x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=ACC)
+            if RAW:
+                p = tl.exp2(x * score.outer - lse2[:, None])
+            else:
+                if gates is not None:
+                    delta = load_delta(gates, place, h, j)[None, :]
+                if bias is not None:
+                    bias_tile = load_bias(bias, place, h, i[:, None], j[None, :], bounds)
+                s, slope, gated, gate_slope = scores(x, score, gates, alpha, delta, bias_tile)
+                if PARTIAL and gates is not None:
+                    keep = unpruned(keep, gated, gates, place, h, i[:, None])
+                p = tl.exp2(s - lse2[:, None])
+            if PARTIAL:
+                p = tl.where(keep, p, 0.0)  # N2
+            # Here, so that one warp group takes exponentials while another multiplies.
+            dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION, out_dtype=ACC)
+            ds = p * (dp - row_delta[:, None])
+            if dalpha is not None:
+                dalpha_acc += tl.sum(ds * (gate_slope * delta), 1)
+            if dq is not None:
+                if score.inner is not None:
+                    ds = ds * slope
+                acc = tl.dot(
+                    ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION, out_dtype=ACC
+                )
+    target = place.row + i
+    if dq is not None:
+        store_rows(dq, place.batch, h, target, i < bounds.seqlen_q, acc * scale, D, BLOCK_D)
+    if dalpha is not None:
+        row = (tl.cast(place.batch, tl.int64) * heads_q + h) * seqlen_q + target
+        tl.store(dalpha + row, dalpha_acc * scale, mask=i < bounds.seqlen_q)
+
+
+def query_gradients(
+    problem: AttentionProblem,
+    tensors: AttentionTensors,
+    terms: Terms,
+    slots: Slots | None,
+    rows: RowTerms,
+    do: Tensor,
+) -> dict[str, Tensor]:
+    """dq and dalpha, those of them that are needed."""
+    tile = tuning.tile("query_gradients", problem, slots is not None)
+    dq, dalpha = None, None
+    if problem.needs("q"):
+        dq = tensors.q.new_empty(tensors.q.shape)
+    if problem.needs("gate_q"):
+        shape = (arguments.records(problem), problem.heads_q, problem.seqlen_q)
+        dalpha = rows.delta.new_empty(shape)
+    tiles = arguments.tile_count(problem, problem.seqlen_q, tile.block_m)
+    query_gradients_kernel[(tiles * problem.heads_q,)](
+        *arguments.sources(problem, tensors, do, tile),
+        None if dq is None else arguments.operand(dq),
+        dalpha,
+        rows,
+        *terms.flat(),
+        preparation.list_tiles(problem, terms, slots, tile),
+        arguments.number(problem, problem.softmax_scale),
+        problem.heads_q,
+        problem.group,
+        tiles // max(arguments.records(problem), 1),
+        D=problem.head_dim,
+        BLOCK_D=arguments.block_width(problem.head_dim),
+        DV=problem.head_dim_v,
+        BLOCK_DV=arguments.block_width(problem.head_dim_v),
+        PRECISION=arguments.precision(problem),
+        ACC=arguments.accumulator(problem),
+        **tile.options(),
+    )
+    gradients = {}
+    if dq is not None:
+        clear_rest(terms.sequences, False, dq)
+        gradients["q"] = dq
+    if dalpha is not None:
+        clear_rest(terms.sequences, False, None, dalpha)
+        gradients["gate_q"] = dalpha.transpose(1, 2).contiguous()
+    return gradients
