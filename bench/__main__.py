@@ -32,10 +32,11 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.graph and device.type != "cuda":
         raise ValueError("--graph: CUDA graphs need --device cuda")
     suite = cases.load(arguments.suite, arguments.command)
+    graph = suite.graph and device.type == "cuda" if arguments.graph is None else arguments.graph
     settings = runner.Settings(
         command=arguments.command,
         seconds=suite.seconds if arguments.seconds is None else arguments.seconds,
-        graph=arguments.graph,
+        graph=graph,
         only=arguments.only,
         contenders=arguments.peers,
         scores=scores.load(arguments.scores) if arguments.scores else None,
@@ -91,7 +92,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--seconds", type=float, help="for each contender and quantity; default: the suite's"
         )
-        command.add_argument("--graph", action="store_true", help="time CUDA-graph replays")
+        command.add_argument(
+            "--graph",
+            action=argparse.BooleanOptionalAction,
+            help="time CUDA-graph replays; default: the suite's",
+        )
         command.set_defaults(scores=None)
         if "selection" in calls.QUANTITIES[name]:
             command.add_argument(

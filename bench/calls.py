@@ -8,8 +8,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from . import timing
+from . import features, timing
 from .cases import Case
+from .features.question import FeatureCase, Question
 from .inputs import Inputs
 from .peers import Prepared
 
@@ -17,6 +18,7 @@ QUANTITIES = {
     "forward": ("forward",),
     "backward": ("backward", "forward+backward"),
     "dynamic": ("selection", "forward", "backward", "end to end"),
+    **{command: features.of(command).QUANTITIES for command in features.MODULES},
 }
 """What each command times. "backward" is the backward alone, through a retained graph; "end to end"
 is selection, forward and backward.
@@ -27,7 +29,11 @@ PROFILED = {"dynamic": ("selection", "forward", "backward")}
 
 
 def results(
-    forward: Callable[[], Tensor], case: Case, inputs: Inputs, do: Tensor, backward: bool
+    forward: Callable[[], Tensor],
+    case: Case | FeatureCase,
+    inputs: Inputs | Question,
+    do: Tensor,
+    backward: bool,
 ) -> dict[str, Tensor]:
     """One call: o and, with `backward`, the gradient of each leaf."""
     with torch.set_grad_enabled(backward):
@@ -37,13 +43,17 @@ def results(
     return {"o": o} | dict(zip(case.leaves, _differentiate(o, case, inputs, do), strict=True))
 
 
-def of(quantity: str, ready: Prepared, case: Case, inputs: Inputs, graph: bool) -> timing.Call:
+def of(
+    quantity: str, ready: Prepared, case: Case | FeatureCase, inputs: Inputs | Question, graph: bool
+) -> timing.Call:
     """What is timed for a quantity that `ready` offers; `graph`: a replay of it."""
     call = _eager(quantity, ready, case, inputs, graph)
     return timing.captured(call) if graph else call
 
 
-def _eager(quantity: str, ready: Prepared, case: Case, inputs: Inputs, graph: bool) -> timing.Call:
+def _eager(
+    quantity: str, ready: Prepared, case: Case | FeatureCase, inputs: Inputs | Question, graph: bool
+) -> timing.Call:
     if quantity == "selection":
         return ready.selection
     forward = ready.selected_forward if quantity == "end to end" else ready.forward
@@ -62,6 +72,8 @@ def _eager(quantity: str, ready: Prepared, case: Case, inputs: Inputs, graph: bo
     return lambda: _differentiate(forward(), case, inputs, inputs.do)
 
 
-def _differentiate(o: Tensor, case: Case, inputs: Inputs, do: Tensor) -> tuple[Tensor, ...]:
+def _differentiate(
+    o: Tensor, case: Case | FeatureCase, inputs: Inputs | Question, do: Tensor
+) -> tuple[Tensor, ...]:
     """Gradients of the leaves; the graph stays, for the next repetition."""
     return torch.autograd.grad(o, inputs.leaves(case.leaves), do, retain_graph=True)

@@ -9,7 +9,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-DEFAULT_SUITES = {"forward": "dense", "backward": "dense", "dynamic": "linear"}
+from . import features
+
+DEFAULT_SUITES = {
+    "forward": "dense",
+    "backward": "dense",
+    "dynamic": "linear",
+    "decode": "cache",
+    "varlen": "packed",
+    "threshold": "blocks-dropped",
+    "gated": "gates",
+    "block": "block-masks",
+}
 """Command -> the suite that it runs unless told otherwise."""
 
 COMMANDS = tuple(DEFAULT_SUITES)
@@ -18,6 +29,7 @@ USUAL_COMMANDS = ("forward", "backward")
 
 MASKS = (None, "keys", "topk", "random")
 BIASES = (None, "key", "pair")
+FIGURES = ("speed", "time", "rate", "us")
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -137,6 +149,36 @@ class Limit:
     reason: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A ratio of ours to others that a suite exists to show.
+
+    Attributes:
+        cases: regular expression over names of cases, matched anywhere as `--only` is.
+        quantity: what is compared.
+        figure: "speed", their time over ours; "time", our time over theirs; "rate", our TB/s where
+            the suite counts bytes, else TFLOP/s, over theirs; "us", our own microseconds.
+        against: regular expression over whole names of contenders, the fastest of which counts;
+            "own-" and a question: the baseline of the same backend; none for "us".
+        least, most: the bound, exactly one.
+    """
+
+    cases: str
+    quantity: str
+    figure: str
+    against: str = ""
+    least: float | None = None
+    most: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.figure not in FIGURES:
+            raise ValueError(f"figure: got {self.figure!r}, expected one of {FIGURES}")
+        if (self.least is None) == (self.most is None):
+            raise ValueError(f"least and most: got {self.least} and {self.most}, expected one")
+        if bool(self.against) == (self.figure == "us"):
+            raise ValueError(f"against: got {self.against!r} with figure {self.figure!r}")
+
+
 @dataclass(frozen=True)
 class Suite:
     """Cases under one name.
@@ -146,16 +188,24 @@ class Suite:
         about: a line that says what the cases have in common.
         cases: in the order in which they run.
         limits: who is left out of what.
+        asked: what it exists to show.
         seconds: default of `--seconds`.
+        graph: default of `--graph` on a CUDA device.
     """
 
     name: str
     about: str
-    cases: tuple[Case, ...]
+    cases: tuple[Any, ...]
     limits: tuple[Limit, ...] = ()
+    asked: tuple[Asked, ...] = ()
     seconds: float = 1.0
+    graph: bool = False
 
-    def left_out(self, contender: str, case: Case) -> str | None:
+    def asked_of(self, case: Any) -> list[dict[str, Any]]:
+        """What is asked of a case, as a result holds it."""
+        return [asdict(asked) for asked in self.asked if re.search(asked.cases, case.name)]
+
+    def left_out(self, contender: str, case: Any) -> str | None:
         """Why the suite does not run a contender on a case; None = it does."""
         for limit in self.limits:
             named = re.search(limit.peers, contender) and re.search(limit.cases, case.name)
@@ -181,13 +231,17 @@ def load(name: str, command: str) -> Suite:
     if name not in suites:
         raise ValueError(f"suite: got {name!r}, expected one of {sorted(names(command))}")
     table = suites[name]
-    cases = [case for fields in _rows(table, command) for case in _expand(fields)]
+    feature = features.of(command)
+    kind = feature.Case if feature else Case
+    cases = [case for fields in _rows(table, command) for case in _expand(fields, kind)]
     repeated = {case.name for case in cases if sum(case.name == c.name for c in cases) > 1}
     swept = {case.name for case in cases if case.sweep}
     if repeated - swept:
         raise ValueError(f"suite {name!r}: cases given twice: {sorted(repeated - swept)}")
     limits = tuple(Limit(**fields) for fields in table.get("limit", ()))
-    return Suite(name, table["about"], tuple(cases), limits, table.get("seconds", Suite.seconds))
+    asked = tuple(Asked(**fields) for fields in table.get("asked", ()))
+    options = {key: table[key] for key in ("seconds", "graph") if key in table}
+    return Suite(name, table["about"], tuple(cases), limits, asked, **options)
 
 
 def _rows(table: dict[str, Any], command: str) -> Iterator[dict[str, Any]]:
@@ -198,11 +252,13 @@ def _rows(table: dict[str, Any], command: str) -> Iterator[dict[str, Any]]:
             yield fields
 
 
-def _expand(fields: dict[str, Any]) -> list[Case]:
+def _expand(fields: dict[str, Any], kind: type) -> list[Any]:
     sweep = fields.get("sweep")
-    if sweep is None:
-        return [Case(**fields)]
-    return [Case(**(fields | {sweep: value})) for value in fields[sweep]]
+    values = [fields] if sweep is None else [fields | {sweep: x} for x in fields[sweep]]
+    return [
+        kind(**{name: tuple(x) if isinstance(x, list) else x for name, x in each.items()})
+        for each in values
+    ]
 
 
 def _read() -> dict[str, Any]:

@@ -8,6 +8,7 @@ elsewhere. A selection of keys costs the reference little and is compared in ful
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +16,17 @@ from torch import Tensor
 from flash_sparse_attn import IntervalMask, reference
 
 from .cases import Case
+from .features.question import FeatureCase, Question
 from .inputs import Inputs
 
 ROWS = 16
 TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 2e-2}
 """Largest ‖x − reference‖ / ‖reference‖: a contender may use TF32, or round P, dS and db once."""
+
+BOUNDS = {"selection": 0.0, "mass": 1.0}
+"""Of what is not compared by its norm: share of keys selected otherwise; mass lost under T1, in
+units of a.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,21 +46,19 @@ class Expected:
     selection: tuple[Tensor, Tensor] | None
 
 
-def expect(case: Case, inputs: Inputs, backward: bool) -> Expected:
+def expect(case: Case | FeatureCase, inputs: Inputs | Question, backward: bool) -> Expected:
     """Ask the reference, in float32 (float64 for float32 inputs)."""
     wide = torch.float64 if case.dtype == "float32" else torch.float32
-    rows = _rows(inputs.visible)
+    rows = _rows(inputs.seeing)
     with torch.no_grad():
-        arguments = [x.to(wide) for x in (inputs.q[:, rows], inputs.k, inputs.v)]
-        terms = {"mask": inputs.visibility(rows), "softmax_scale": case.head_dim**-0.5}
-        if inputs.bias is not None:
-            bias = inputs.bias if case.bias == "key" else inputs.bias[:, :, rows]
-            terms["bias"] = bias.to(wide)
-        values = {"o": reference.attention(*arguments, **terms)[0]}
+        arguments = inputs.q[:, rows], inputs.k, inputs.v
+        terms = inputs.terms(rows, wide) | {"softmax_scale": case.head_dim**-0.5}
+        values = {"o": _forward(arguments, terms, wide)}
         do = torch.zeros_like(inputs.do)
         do[:, rows] = inputs.do[:, rows]
         if backward:
             upstream = inputs.do[:, rows].to(wide)
+            arguments = [x.to(wide) for x in arguments]
             gradients = reference.attention_backward(upstream, None, *arguments, **terms)
             values |= {name: gradients[name] for name in case.leaves}
         selection = None
@@ -82,9 +87,9 @@ def selection_error(expected: Expected, mask: IntervalMask) -> float:
     return float((~(hidden | same)).double().mean())
 
 
-def wrong(case: Case, found: dict[str, float]) -> str | None:
+def wrong(case: Case | FeatureCase, found: dict[str, float]) -> str | None:
     """Why results with these errors must not be timed, if there is a reason."""
-    bounds = {name: 0.0 if name == "selection" else TOLERANCE[case.dtype] for name in found}
+    bounds = {name: BOUNDS.get(name, TOLERANCE[case.dtype]) for name in found}
     bad = [
         f"{_title(name)} is off by {error:.2g} (bound {bounds[name]:g})"
         for name, error in found.items()
@@ -93,16 +98,34 @@ def wrong(case: Case, found: dict[str, float]) -> str | None:
     return f"relative: {', '.join(bad)}" if bad else None
 
 
-def _rows(visible: Tensor) -> Tensor:
-    """First, last, and evenly spread rows that see a key in every head."""
-    seeing = (visible > 0).all(0).nonzero()[:, 0]
+def _forward(arguments: tuple[Tensor, ...], terms: dict[str, Any], wide: torch.dtype) -> Tensor:
+    """o, a sequence at a time: a batch of caches would not fit in the wider dtype."""
+
+    def own(x: Any, b: int) -> Any:
+        return x[b : b + 1] if isinstance(x, Tensor) and x.shape[0] > 1 else x
+
+    of_each = [
+        reference.attention(
+            *(own(x, b).to(wide) for x in arguments),
+            **{name: own(term, b) for name, term in terms.items()},
+        )[0]
+        for b in range(len(arguments[0]))
+    ]
+    return torch.cat(of_each)
+
+
+def _rows(seeing: Tensor) -> Tensor:
+    """First, last, and evenly spread rows among those that see a key in every head."""
+    seeing = seeing.nonzero()[:, 0]
     if not len(seeing):
         raise ValueError("the case has no row that sees a key")
     return seeing[torch.linspace(0, len(seeing) - 1, ROWS, device=seeing.device).long()].unique()
 
 
 def _error(name: str, got: Tensor, want: Tensor, rows: Tensor) -> float:
-    dim = {"o": 1, "q": 1}.get(name, 2 if name == "bias" and want.shape[2] == len(rows) else None)
+    dim = {"o": 1, "q": 1, "gate_q": 1}.get(
+        name, 2 if name == "bias" and want.shape[2] == len(rows) else None
+    )
     got = got.detach()
     rest = got.new_zeros(())
     if dim is not None:
@@ -115,5 +138,6 @@ def _error(name: str, got: Tensor, want: Tensor, rows: Tensor) -> float:
 
 
 def _title(name: str) -> str:
-    titles = {"o": "o", "bias": "db", "selection": "the selection"}
+    titles = {"o": "o", "bias": "db", "selection": "the selection", "mass": "the lost mass"}
+    titles |= {"gate_q": "dα", "gate_k": "dδ"}
     return titles.get(name, f"d{name}")

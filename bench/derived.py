@@ -1,10 +1,12 @@
-"""Figures that join rows of a result of `dynamic`: against dense attention, by token, of memory.
+"""Figures that join rows of a result: ours against others; of `dynamic`, against dense
+attention, by token, of memory.
 
 A record is a case's entry of a result, a row a contender's entry of a record (`results`).
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from . import kernels
@@ -58,6 +60,40 @@ def rate(line: Line | None, quantity: str) -> float | None:
 def ratio(a: float | None, b: float | None) -> float | None:
     """a / b where both are known."""
     return a / b if a is not None and b else None
+
+
+def bandwidth(line: Line | None, quantity: str) -> float | None:
+    """TB/s of keys and values, where these are what is counted."""
+    return line["times"][quantity].get("tb_s") if line and quantity in line["times"] else None
+
+
+def compared(record: Record, line: Line, asked: dict[str, Any]) -> Line | None:
+    """The row of `record` that a row of ours is compared with (`cases.Asked`), if it was timed."""
+    quantity, against = asked["quantity"], asked["against"]
+    if against.startswith("own-"):
+        return row(record, line["contender"] + against.removeprefix("own"))
+    timed = [r for r in record["rows"] if quantity in r["times"]]
+    found = [r for r in timed if against and re.fullmatch(against, r["contender"])]
+    return min(found, key=lambda r: milliseconds(r, quantity), default=None)
+
+
+def shown(line: Line | None, other: Line | None, asked: dict[str, Any]) -> float | None:
+    """The figure that is asked for, of a row of ours against another."""
+    quantity, figure = asked["quantity"], asked["figure"]
+    own, theirs = (milliseconds(x, quantity) for x in (line, other))
+    if figure == "us":
+        return None if own is None else 1e3 * own
+    if figure == "speed":
+        return ratio(theirs, own)
+    if figure == "time":
+        return ratio(own, theirs)
+    counted = rate if bandwidth(line, quantity) is None else bandwidth
+    return ratio(counted(line, quantity), counted(other, quantity))
+
+
+def met(value: float, asked: dict[str, Any]) -> bool:
+    """Whether a figure keeps its bound."""
+    return value >= asked["least"] if asked["most"] is None else value <= asked["most"]
 
 
 def contenders(records: list[Record], ours: bool) -> list[str]:

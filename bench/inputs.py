@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from flash_sparse_attn import IntervalMask
 from flash_sparse_attn.utils.mask import create_mask
 
 from .cases import Case
+from .features.question import FeatureCase
 
 ROWS_AT_ONCE = 1024
 """Rows whose visibility is held as bools at a time."""
@@ -69,6 +71,23 @@ class Inputs:
     def visibility(self, rows: Tensor) -> Tensor:
         """Bool `[1, {Hkv,1}, rows, S]`: the V rules of the case for the given rows."""
         return visibility(rows, self.q.shape[1], self.causal, self.mask, self.intervals)
+
+    @property
+    def seeing(self) -> Tensor:
+        """Bool `[S]`: rows that see a key in every head."""
+        return (self.visible > 0).all(0)
+
+    @property
+    def traffic(self) -> None:
+        """Products bound these calls, not the bytes that they read."""
+
+    def terms(self, rows: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+        """Keywords of the reference for the given rows, floating tensors in `dtype`."""
+        terms = {"mask": self.visibility(rows)}
+        if self.bias is not None:
+            bias = self.bias if self.bias.shape[2] == 1 else self.bias[:, :, rows]
+            terms["bias"] = bias.to(dtype)
+        return terms
 
 
 def build(
@@ -131,7 +150,7 @@ def visibility(
     return seen
 
 
-def flops(case: Case, pairs: int) -> dict[str, float]:
+def flops(case: Case | FeatureCase, pairs: int) -> dict[str, float]:
     """Floating-point operations on visible pairs, by quantity timed.
 
     Forward: two products, 2 D operations each a pair. Causal counts exactly the visible pairs,

@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 PANEL = (7.0, 4.2)
 """Inches of one panel."""
 
-LABELS = {"seqlen": "sequence length S", "window_size": "keys kept, w"}
+LABELS = {
+    "seqlen": "sequence length S",
+    "window_size": "keys kept, w",
+    "seqlen_q": "new rows, Sq",
+}
 
 
 def draw(result: dict[str, Any], target: Path) -> list[Path]:
@@ -79,16 +83,20 @@ def _value(record: dict[str, Any], contender: str, quantity: str, field: str) ->
 
 def _bars(axes: Axes, records: list[dict[str, Any]], quantity: str) -> None:
     contenders = _contenders(records, quantity)
+    counted = [t for r in records for row in r["rows"] for t in row["times"].values()]
+    rate, label = "tflops", "TFLOP/s on visible pairs"
+    if any("tb_s" in times for times in counted):
+        rate, label = "tb_s", "TB/s of keys and values"
     height = 0.8 / max(len(contenders), 1)
     for index, contender in enumerate(contenders):
-        values = [_value(record, contender, quantity, "tflops") or 0.0 for record in records]
+        values = [_value(record, contender, quantity, rate) or 0.0 for record in records]
         places = [place + index * height for place in range(len(records))]
         axes.barh(places, values, height, label=contender)
     middle = (len(contenders) - 1) * height / 2
     axes.set_yticks([place + middle for place in range(len(records))])
     axes.set_yticklabels([record["name"] for record in records], fontsize="x-small")
     axes.invert_yaxis()
-    axes.set_xlabel("TFLOP/s on visible pairs")
+    axes.set_xlabel(label)
 
 
 def _lines(axes: Axes, records: list[dict[str, Any]], quantity: str, sweep: str) -> None:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from . import kernels, results, tables
+from . import features, kernels, results, tables
 from .results import Row
 
 LINE = 160
@@ -59,14 +59,14 @@ def admitted(row: Row) -> str:
         words.append(f"setup {row.setup_ms:.3g} ms")
     if row.memory_call is not None:
         words.append(f"+{(row.memory_call + (row.memory_setup or 0)) / 2**20:.0f} MiB")
-    lines = [f"  {row.contender:<15}{', '.join(words)}"]
-    lines += [f"  {'':<15}- {note}"[:LINE] for note in row.notes]
+    lines = [f"  {row.contender:<24} {', '.join(words)}"]
+    lines += [f"  {'':<24} - {note}"[:LINE] for note in row.notes]
     return "\n".join(lines)
 
 
 def refusal(row: Row) -> str:
     """Why a contender is not timed, or no further."""
-    return f"  {row.contender:<15}{row.status}: {row.reason}"[:LINE]
+    return f"  {row.contender:<24} {row.status}: {row.reason}"[:LINE]
 
 
 def timed(row: Row, quantity: str) -> str:
@@ -74,8 +74,10 @@ def timed(row: Row, quantity: str) -> str:
     times = row.times[quantity]
     spread = f"[{times['q1_ms']:.4g}, {times['q3_ms']:.4g}]"
     rate = "" if times["tflops"] is None else f"{times['tflops']:>8.1f} TFLOP/s"
+    if "tb_s" in times:
+        rate = f"{times['tb_s']:>8.3f} TB/s"
     return (
-        f"  {row.contender:<15}{quantity:<17}{times['median_ms']:>10.4f} ms {spread:<20} "
+        f"  {row.contender:<24} {quantity:<17}{times['median_ms']:>10.4f} ms {spread:<20} "
         f"n={times['repetitions']:<4}{rate}"
     )
 
@@ -83,7 +85,7 @@ def timed(row: Row, quantity: str) -> str:
 def profiled(row: dict[str, Any], quantity: str) -> str:
     """Where the device's time of one call goes, a line a kernel."""
     total = sum(entry["us"] for entry in row["kernels"][quantity].values())
-    lines = [f"  {row['contender']:<15}{quantity:<17}{total:>10.1f} us on the device"]
+    lines = [f"  {row['contender']:<24} {quantity:<17}{total:>10.1f} us on the device"]
     lines += [
         f"    {entry['us']:>10.1f} us {entry['launches']:>4g} x {kernels.kind(name):<12}{name}"
         for name, entry in row["kernels"][quantity].items()
@@ -97,7 +99,10 @@ def table(result: dict[str, Any]) -> str:
     words = [f"**{result['command']}, {result['suite']}.** {result['about']}"]
     words += [f"Key scores of {scores['file']}, {scores['shape']}."] if scores else []
     parts = [f"{' '.join(words)} {where(result)}."]
-    parts += tables.dynamic(result) if result["command"] == "dynamic" else tables.usual(result)
+    if result["command"] == "dynamic":
+        parts += tables.dynamic(result)
+    else:
+        parts += (tables.feature if result["command"] in features.MODULES else tables.usual)(result)
     tried = [
         f"- {row['contender']}, {record['name']}: {row['status']}: {row['reason']}"
         for record in result["cases"]

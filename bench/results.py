@@ -1,10 +1,12 @@
 """Results as plain data: what a file holds, how it is written and read.
 
     {"schema", "command", "suite", "about", "settings", "environment", "readings_after",
-     "cases": [{"name", "case", "pairs", "flops", "memory": {"inputs", "results"}, "rows": [row]}]}
+     "cases": [{"name", "case", "asked": [asked], "pairs", "flops",
+                "memory": {"inputs", "results"}, "rows": [row]}]}
 
-`memory` is bytes: what a call is given, do included, and o with the gradients. A row is a contender
-on a case, whether it could run or not; see `Row`.
+`memory` is bytes: what a call is given, do included, and o with the gradients. `asked` is the
+ratios that the case is there to show, the fields of `cases.Asked`. A row is a contender on a case,
+whether it could run or not; see `Row`.
 """
 
 from __future__ import annotations
@@ -35,27 +37,32 @@ class Row:
     Attributes:
         contender: its name.
         ours: whether it is this project's own.
+        question: what it answers, if another question than the case's: it is there to compare with.
         status: one of `STATUSES`.
         reason: why not every quantity was timed; None if all were.
         notes: what a reader of the numbers must know.
-        errors: relative error of "o", "q", ... against the reference, on some rows.
+        errors: relative error of "o", "q", ... against the reference, on some rows; what else has
+            a bound (`check.BOUNDS`).
+        figures: what was measured of the call apart from its time.
         first_call_ms: wall time of the first call, compilation included.
         setup_ms: time of what is built once a mask, not in `times`.
         memory_setup: bytes of what was built once and stays.
         memory_call: peak bytes of a call (with its backward, if that is measured) above what was
             allocated before it; None off the GPU, as `memory_setup`.
         times: quantity -> {"median_ms", "q1_ms", "q3_ms", "repetitions", "tflops"}; "tflops" is
-            None where there are no products to count.
+            None where there are no products to count; "tb_s" beside it where reading is the bound.
         kernels: quantity -> kernel -> {"us", "launches"}: microseconds on the device and launches
             in one call; empty where nothing was profiled.
     """
 
     contender: str
     ours: bool
+    question: str = ""
     status: str = OK
     reason: str | None = None
     notes: list[str] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
     first_call_ms: float | None = None
     setup_ms: float | None = None
     memory_setup: int | None = None
@@ -95,5 +102,6 @@ def load(where: Path) -> dict[str, Any]:
     if result.get("schema") != SCHEMA:
         raise ValueError(f"schema of {where}: got {result.get('schema')}, expected {SCHEMA}")
     for record in result["cases"]:
+        record.setdefault("asked", [])
         record["rows"] = [Row(**row).asdict() for row in record["rows"]]
     return result

@@ -21,15 +21,19 @@ from torch import Tensor
 
 from flash_sparse_attn import IntervalMask
 
-from . import calls, check, environment, kernels, peers, report, results, timing
+from . import calls, check, environment, features, kernels, peers, report, results, timing
 from .calls import QUANTITIES
 from .cases import Case, Suite
+from .features.question import FeatureCase, Question
 from .inputs import Inputs, build, flops
 from .peers import Peer, Prepared
 from .results import Row
 from .scores import Scores
 
 REASON_LENGTH = 600
+
+AnyCase = Case | FeatureCase
+AnyInputs = Inputs | Question
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def run(
         "cases": [],
     }
     print(report.header(result), flush=True)
-    done: dict[Case, dict[str, Any]] = {}
+    done: dict[AnyCase, dict[str, Any]] = {}
     for case in cases:
         key = replace(case, sweep=None)  # two sweeps may cross in one case
         if key not in done:
@@ -111,10 +115,11 @@ def run(
     return result
 
 
-def _selected(suite: Suite, settings: Settings) -> tuple[list[Case], list[Peer]]:
+def _selected(suite: Suite, settings: Settings) -> tuple[list[AnyCase], list[Peer]]:
     """The cases and the contenders that take part."""
     cases = [case for case in suite.cases if re.search(settings.only, case.name)]
-    entered = peers.all_peers()
+    feature = features.of(settings.command)
+    entered = feature.peers() if feature else peers.all_peers()
     if "selection" in QUANTITIES[settings.command]:
         entered += peers.selectors()
     contenders = [peer for peer in entered if re.search(settings.contenders, peer.name)]
@@ -137,10 +142,10 @@ def _selected(suite: Suite, settings: Settings) -> tuple[list[Case], list[Peer]]
 
 @dataclass(frozen=True, eq=False)
 class _Problem:
-    """A case with its tensors, what the reference says, and how it is run."""
+    """A case with its tensors, what the reference says of them, and how it is run."""
 
-    case: Case
-    inputs: Inputs
+    case: AnyCase
+    inputs: AnyInputs
     expected: check.Expected
     settings: Settings
 
@@ -148,18 +153,31 @@ class _Problem:
     def device(self) -> torch.device:
         return self.inputs.q.device
 
+    def answered(self, ready: Prepared) -> _Problem:
+        """The problem that a contender answers, if it is another."""
+        if ready.answers is None:
+            return self
+        return _pose(*ready.answers, self.settings)
+
     def results(self, forward: Callable[[], Tensor]) -> dict[str, Tensor]:
         do, backward = self.expected.do, self.settings.backward
         return calls.results(forward, self.case, self.inputs, do, backward)
 
 
+def _pose(case: AnyCase, inputs: AnyInputs, settings: Settings) -> _Problem:
+    return _Problem(case, inputs, check.expect(case, inputs, settings.backward), settings)
+
+
 def _run_case(
-    case: Case, contenders: list[Peer], suite: Suite, settings: Settings, device: torch.device
+    case: AnyCase, contenders: list[Peer], suite: Suite, settings: Settings, device: torch.device
 ) -> dict[str, Any]:
-    rows = [Row(peer.name, peer.ours) for peer in contenders]
+    rows = [
+        Row(peer.name, peer.ours, question=getattr(peer, "question", "")) for peer in contenders
+    ]
     record: dict[str, Any] = {
         "name": case.name,
         "case": case.asdict(),
+        "asked": suite.asked_of(case),
         "pairs": None,
         "flops": {},
         "memory": {},
@@ -173,15 +191,14 @@ def _run_case(
             "memory": {"inputs": inputs.nbytes, "results": of_results},
         }
         print(report.heading(record), flush=True)
-        expected = check.expect(case, inputs, settings.backward)
-        problem = _Problem(case, inputs, expected, settings)
+        problem = _pose(case, inputs, settings)
         prepared = {
             row.contender: (row, ready)
             for peer, row in zip(contenders, rows, strict=True)
             if (ready := _admit(peer, row, problem, suite))
         }
         for quantity in QUANTITIES[settings.command]:
-            _race(quantity, prepared, problem, record["flops"].get(quantity))
+            _race(quantity, prepared, problem)
     except Exception as error:  # no room for the inputs, or a kernel that broke the device
         print(f"{case.name}: {_words(error)}", flush=True)
         for row in rows:
@@ -192,7 +209,10 @@ def _run_case(
     return record
 
 
-def _build(case: Case, settings: Settings, device: torch.device) -> Inputs:
+def _build(case: AnyCase, settings: Settings, device: torch.device) -> AnyInputs:
+    feature = features.of(settings.command)
+    if feature:
+        return feature.build(case, device, settings.backward)
     scores = settings.scores and settings.scores.of(case)
     return build(case, device, requires_grad=settings.backward, scores=scores)
 
@@ -219,15 +239,18 @@ def _prepare(peer: Peer, row: Row, problem: _Problem) -> Prepared:
     with torch.set_grad_enabled(problem.settings.backward):
         ready = peer.prepare(problem.case, problem.inputs)
     row.setup_ms, row.notes = ready.setup_ms, list(ready.notes)
+    row.errors, row.figures = dict(ready.errors), dict(ready.figures)
     if before is not None:
         row.memory_setup = _allocated(device) - before
+    checked = ready.forward is not None and ready.checked
+    problem = problem.answered(ready)
     start = time.perf_counter()
-    got = problem.results(ready.forward) if ready.forward else {}
+    got = problem.results(ready.forward) if checked else {}
     chosen = ready.selection() if ready.selection else None
     timing.synchronize(device)
     row.first_call_ms = 1e3 * (time.perf_counter() - start)
     if got:
-        row.errors = check.errors(problem.expected, got)
+        row.errors |= check.errors(problem.expected, got)
         if not torch.isfinite(got["o"]).all():
             row.notes.append("o is not finite in rows that see no key")
     if isinstance(chosen, IntervalMask):
@@ -236,7 +259,7 @@ def _prepare(peer: Peer, row: Row, problem: _Problem) -> Prepared:
     if wrong is not None:
         row.refuse(results.WRONG, wrong)
     del got, chosen
-    if before is not None and ready.forward:
+    if before is not None and checked:
         _free()
         base = _allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -249,7 +272,6 @@ def _race(
     quantity: str,
     prepared: dict[str, tuple[Row, Prepared]],
     problem: _Problem,
-    operations: float | None,
 ) -> None:
     """Time a quantity of all that offer it and are still in the race, in turns."""
     entered = {name: entry for name, entry in prepared.items() if entry[1].offers(quantity)}
@@ -257,21 +279,34 @@ def _race(
     for name, (row, ready) in entered.items():
         if row.status == results.OK:
             with _reported(row):
-                case, inputs = problem.case, problem.inputs
+                case, inputs = ready.answers or (problem.case, problem.inputs)
                 started[name] = calls.of(quantity, ready, case, inputs, problem.settings.graph)
     timings, raised = timing.measure(started, problem.device, problem.settings.seconds)
     for name, error in raised.items():
         _blame(entered[name][0], error)
     for name, timed in timings.items():
-        rate = operations and operations / timed.median_ms / 1e9
-        entered[name][0].times[quantity] = asdict(timed) | {"tflops": rate}
+        row, ready = entered[name]
+        rates = _rates(quantity, ready, problem, timed.median_ms)
+        row.times[quantity] = asdict(timed) | rates
     for row, _ in entered.values():
         shown = quantity in row.times
         print(report.timed(row, quantity) if shown else report.refusal(row), flush=True)
 
 
+def _rates(
+    quantity: str, ready: Prepared, problem: _Problem, median_ms: float
+) -> dict[str, float | None]:
+    """TFLOP/s on the visible pairs of what a contender answers; TB/s where reading is the bound."""
+    case, inputs = ready.answers or (problem.case, problem.inputs)
+    operations = flops(case, inputs.pairs).get(quantity) if ready.checked else None
+    rates = {"tflops": operations and operations / median_ms / 1e9}
+    if inputs.traffic is not None:
+        rates["tb_s"] = inputs.traffic / median_ms / 1e9
+    return rates
+
+
 def _profile(
-    case: Case,
+    case: AnyCase,
     rows: list[dict[str, Any]],
     contenders: list[Peer],
     settings: Settings,

@@ -10,12 +10,23 @@ from .derived import Line, Record
 
 NONE = "–"
 TIMES = "Median milliseconds (TFLOP/s on visible pairs), the fastest in bold; – = not timed."
+BANDWIDTHS = "Median milliseconds (TB/s of keys and values), the fastest in bold; – = not timed."
+FIGURES = {"speed": "× as fast", "time": "× the time", "rate": "× the rate", "us": "µs"}
 BOTH_WAYS = ("forward", "backward")
 
 
 def usual(result: dict[str, Any]) -> list[str]:
     """A table a quantity: cases down, contenders across, "ms (TFLOP/s)"."""
-    return [*by_quantity(derived.distinct(result), lambda record: record["name"]), TIMES]
+    records = derived.distinct(result)
+    times = [t for record in records for r in record["rows"] for t in r["times"].values()]
+    note = BANDWIDTHS if any("tb_s" in t for t in times) else TIMES
+    return [*by_quantity(records, lambda record: record["name"]), note]
+
+
+def feature(result: dict[str, Any]) -> list[str]:
+    """Tables of a feature: what its suite asks for, then every contender's times."""
+    records = derived.distinct(result)
+    return [*_asked(records), *_figures(records), *usual(result)]
 
 
 def by_quantity(records: list[Record], name: Callable[[Record], str]) -> list[str]:
@@ -62,6 +73,51 @@ def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """One table, numbers to the right."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _asked(records: list[Record]) -> list[str]:
+    """A line for each figure asked of a contender of ours."""
+    head = ["asked", "quantity", "contender", "ms", "against", "ms", "figure", "", "bound"]
+    rows = []
+    for record in records:
+        for asked in record["asked"]:
+            for line in record["rows"]:
+                if not line["ours"] or line["question"] or asked["quantity"] not in line["times"]:
+                    continue
+                other = derived.compared(record, line, asked)
+                value = derived.shown(line, other, asked)
+                rows.append([
+                    record["name"], asked["quantity"], line["contender"],
+                    _timed(line, asked["quantity"]), other["contender"] if other else NONE,
+                    _timed(other, asked["quantity"]) if other else NONE,
+                    FIGURES[asked["figure"]], _kept(value, asked), _bound(asked),
+                ])  # fmt: skip
+    note = (
+        "In bold what keeps its bound. speed: their time over ours; time: ours over theirs; rate: "
+        "our rate over theirs, TB/s of keys and values where these are counted, else TFLOP/s."
+    )
+    return [grid(head, rows), note] if rows else []
+
+
+def _figures(records: list[Record]) -> list[str]:
+    """What was measured of our calls apart from their time."""
+    lines = [
+        f"- {line['contender']}, {record['name']}: "
+        + ", ".join(f"{name} {value:.3g}" for name, value in line["figures"].items())
+        for record in records
+        for line in record["rows"]
+        if line["figures"]
+    ]
+    return ["\n".join(lines)] if lines else []
+
+
+def _kept(value: float | None, asked: dict[str, Any]) -> str:
+    shown = _number(value)
+    return f"**{shown}**" if value is not None and derived.met(value, asked) else shown
+
+
+def _bound(asked: dict[str, Any]) -> str:
+    return f"≥ {asked['least']:g}" if asked["most"] is None else f"≤ {asked['most']:g}"
 
 
 def _of_ours(records: list[Record], contender: str) -> list[str]:
@@ -166,7 +222,7 @@ def _columns(records: list[Record], quantity: str) -> list[str]:
 
 
 def _best(record: Record, quantity: str) -> str | None:
-    timed = [r for r in record["rows"] if quantity in r["times"]]
+    timed = [r for r in record["rows"] if quantity in r["times"] and not r["question"]]
     fastest = min(timed, key=lambda r: r["times"][quantity]["median_ms"], default=None)
     return fastest and fastest["contender"]
 
@@ -180,6 +236,8 @@ def _timed(line: Line, quantity: str) -> str:
         return NONE
     times = line["times"][quantity]
     rate = "" if times["tflops"] is None else f" ({times['tflops']:.3g})"
+    if "tb_s" in times:
+        rate = f" ({times['tb_s']:.3g} TB/s)"
     return f"{times['median_ms']:.3g}{rate}"
 
 

@@ -115,8 +115,11 @@ def _fill_sizes(name: str, table: Table) -> Table:
         derived = {"batch", "seqlen_q", "seqlen_k"} & sizes.keys()
         if derived:
             raise SpecError(f"{name}: {sorted(derived)} follow from the packed lengths")
-        lengths_q, lengths_k = (table["packed"].get(f"lengths_{x}", []) for x in "qk")
-        sizes |= {"batch": len(lengths_q), "seqlen_q": sum(lengths_q), "seqlen_k": sum(lengths_k)}
+        packed = table["packed"]
+        lengths_q, lengths_k = (packed.get(f"lengths_{x}", []) for x in "qk")
+        spare_q, spare_k = (packed.get(f"spare_{x}", 0) for x in "qk")
+        sizes |= {"batch": len(lengths_q)}
+        sizes |= {"seqlen_q": sum(lengths_q) + spare_q, "seqlen_k": sum(lengths_k) + spare_k}
     defaults = {"seqlen_k": "seqlen_q", "heads_kv": "heads_q", "head_dim_v": "head_dim"}
     for missing, source in defaults.items():
         if source in sizes:

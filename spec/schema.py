@@ -19,7 +19,7 @@ TensorName = Literal[
 Keyword = Literal[
     "softmax_scale", "softcap", "causal", "window", "sinks", "deterministic", "gate",
     "gate_threshold", "softmax_threshold", "max_seqlen_q", "max_seqlen_k", "block_size", "gates",
-    "backend",
+    "return_lse", "return_kept", "backend",
 ]  # fmt: skip
 
 ARGUMENTS = get_args(Argument)
@@ -205,10 +205,17 @@ class Gates:
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """V6, packed: rows and keys of each sequence."""
+    """V6, packed.
+
+    Attributes:
+        lengths_q, lengths_k: rows and keys of each sequence.
+        spare_q, spare_k: rows and keys past the last boundary, of no sequence.
+    """
 
     lengths_q: tuple[NOT_NEGATIVE, ...]
     lengths_k: tuple[NOT_NEGATIVE, ...]
+    spare_q: NOT_NEGATIVE = 0
+    spare_k: NOT_NEGATIVE = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ views. A new peer is a module that defines one, and a line in `all_peers`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
-from typing import Protocol
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,11 @@ class Prepared:
         selected_forward: o from the scores: selection, then forward.
         setup_ms: time of what is built once a mask and left out of the call, if anything is.
         notes: what a reader of the numbers must know.
+        answers: `(case, inputs)` of the question that `forward` answers, if it is another than that
+            of the case: it is checked against that one, and its rate counts that one's pairs.
+        checked: whether `forward` is attention; a yardstick's is not.
+        errors: errors that were found in preparing, by name (`check.bound`).
+        figures: measured in preparing, for the row.
     """
 
     forward: Callable[[], Tensor] | None = None
@@ -36,6 +41,10 @@ class Prepared:
     selected_forward: Callable[[], Tensor] | None = None
     setup_ms: float | None = None
     notes: tuple[str, ...] = ()
+    answers: tuple[Any, Any] | None = None
+    checked: bool = True
+    errors: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
 
     def offers(self, quantity: str) -> bool:
         """Whether it has the call that the quantity is about."""
@@ -49,6 +58,8 @@ class Peer(Protocol):
     Attributes:
         name: as in results.
         ours: whether it is this project's own.
+
+    One with an attribute `question` answers another question than the case's, unless it is "".
     """
 
     name: str

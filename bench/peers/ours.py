@@ -31,13 +31,7 @@ class Ours:
 
     def unavailable(self, case: Case, device: torch.device) -> str | None:
         """The backend's own reasons; of the reference, its memory."""
-        reasons = registry.availability(self.backend)
-        if reasons:
-            return "; ".join(reasons)
-        scores = case.batch * case.heads_q * case.seqlen**2
-        if self.backend == registry.REFERENCE and scores > REFERENCE_PAIRS:
-            return f"stores all scores: {scores} of them, at most {REFERENCE_PAIRS}"
-        return None
+        return unavailable(self.backend, case.batch * case.heads_q * case.seqlen**2)
 
     def prepare(self, case: Case, inputs: Inputs) -> Prepared:
         """The public calls."""
@@ -62,6 +56,16 @@ class Ours:
             selection=select if case.selects else None,
             selected_forward=(lambda: attend(select())) if case.selects else None,
         )
+
+
+def unavailable(backend: str, scores: int) -> str | None:
+    """The backend's own reasons; of the reference, the memory of so many scores."""
+    reasons = registry.availability(backend)
+    if reasons:
+        return "; ".join(reasons)
+    if backend == registry.REFERENCE and scores > REFERENCE_PAIRS:
+        return f"stores all scores: {scores} of them, at most {REFERENCE_PAIRS}"
+    return None
 
 
 def peers() -> tuple[Ours, ...]:

@@ -80,7 +80,7 @@ class Call:
         self.options |= reject.set
         self.twice = reject.twice
 
-    def run(self) -> tuple[Tensor, Tensor]:
+    def run(self) -> tuple[Tensor, Tensor, fsa.BlockMap]:
         """Call the public function of the case's form."""
         tensors, options = self.tensors, dict(self.options)
         keywords: dict[str, Any] = {"attn_mask": self.masks(), "attn_bias": tensors.get("bias")}
@@ -97,7 +97,8 @@ class Call:
             keywords |= {name: tensors[f"{name}"] for name in ("cu_seqlens_q", "cu_seqlens_k")}
         function = FUNCTIONS[self.case.form]
         qkv = (tensors[name] for name in "qkv")
-        return function(*qkv, **keywords | options, return_lse=True)
+        keywords |= {"return_lse": True, "return_kept": True} | options
+        return function(*qkv, **keywords)
 
     def masks(self) -> Any:
         """`attn_mask`: None, one mask, or a tuple of them."""

@@ -38,12 +38,13 @@ def axes(case: Case, device: torch.device) -> Axes:
     """V6: rows, keys and alignment of a case."""
     sizes = case.sizes
     if case.packed:
-        rows, row_of = _places(case.packed.lengths_q)
-        keys, key_of = _places(case.packed.lengths_k)
+        rows, row_of = _places(case.packed.lengths_q, case.packed.spare_q)
+        keys, key_of = _places(case.packed.lengths_k, case.packed.spare_k)
         pairs = zip(case.packed.lengths_q, case.packed.lengths_k, strict=True)
-        offsets = torch.tensor([n_k - n_q for n_q, n_k in pairs], dtype=torch.int64)
+        offsets = torch.tensor([*(n_k - n_q for n_q, n_k in pairs), 0], dtype=torch.int64)
         off = offsets[row_of].view(1, 1, -1, 1)
-        own = (row_of.view(-1, 1) == key_of.view(1, -1))[None, None]
+        own = row_of.view(-1, 1) == key_of.view(1, -1)
+        own = (own & (row_of < len(case.packed.lengths_q)).view(-1, 1))[None, None]
     else:
         rows, keys = torch.arange(sizes.seqlen_q), torch.arange(sizes.seqlen_k)
         lengths = (case.cache.lengths if case.cache else ()) or [sizes.seqlen_k] * sizes.batch
@@ -53,8 +54,9 @@ def axes(case: Case, device: torch.device) -> Axes:
     return Axes(*(part.to(device) for part in parts))
 
 
-def _places(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Of every token: its place in its sequence, and its sequence."""
+def _places(lengths: tuple[int, ...], spare: int) -> tuple[Tensor, Tensor]:
+    """Of every token: its place in its sequence, and its sequence; that of spare ones is no more."""
+    lengths = (*lengths, spare)
     place = [n for length in lengths for n in range(length)]
     sequence = [b for b, length in enumerate(lengths) for _ in range(length)]
     return torch.tensor(place, dtype=torch.int64), torch.tensor(sequence, dtype=torch.int64)
@@ -128,7 +130,8 @@ def gate_values(case: Case, alpha: Tensor, delta: Tensor) -> Tensor:
 
 def _gate_threshold(case: Case, tensors: dict[str, Tensor], visible: Tensor) -> Tensor:
     """V7, over the pairs that the other rules leave visible."""
-    scale = case.options.softmax_scale or case.sizes.head_dim**-0.5
+    scale = case.options.softmax_scale
+    scale = case.sizes.head_dim**-0.5 if scale is None else scale
     alpha, delta = (with_batch(case, tensors[x]).double() for x in ("gate_q", "gate_k"))
     gate = scale * gate_values(case, alpha, delta)
     hidden = gate.masked_fill(~visible, -math.inf)

@@ -15,7 +15,7 @@ import torch
 from flash_sparse_attn.spec import cases, tolerances
 from flash_sparse_attn.spec.schema import Case
 
-from flash_sparse_attn import registry
+from flash_sparse_attn import BlockMap, registry
 
 from . import eager, inputs, oracle, threshold
 from .calls import Call
@@ -43,12 +43,12 @@ def expected(case_id: str, device: str) -> Expected:
     return Expected(data, oracle.run(case, data), eager.run(case, data))
 
 
-def run(case: Case, data: inputs.Inputs, backend: str) -> Results:
-    """The results of a backend, through the public API."""
+def run(case: Case, data: inputs.Inputs, backend: str) -> tuple[Results, BlockMap]:
+    """The results of a backend, through the public API, and what it kept (T1)."""
     leaves = Leaves(case, data)
     with poisoned_memory(data.do.device.type):
-        o, lse = Call(case, data, dict(leaves.tensors), backend).run()
-        return leaves.results(o, lse)
+        o, lse, kept = Call(case, data, dict(leaves.tensors), backend).run()
+        return leaves.results(o, lse), kept
 
 
 def test_case(backend: str, case: Case, device: str, record_property: Record) -> None:
@@ -94,15 +94,15 @@ def _must_pass(backend: str, case: Case, device: str) -> None:
     """N1 for every output and gradient; G2 where asked for; T1 where claimed."""
     want = expected(case.id, device)
     exact, yardstick = want.exact, want.eager
-    got = run(case, want.inputs, backend)
+    got, kept = run(case, want.inputs, backend)
     if case.options.softmax_threshold:
-        kept = threshold.kept_pairs(backend, case, want.inputs)
-        exact, yardstick = threshold.replay(case, want.inputs, kept)
+        pairs = threshold.judge(backend, case, want.inputs, kept)
+        exact, yardstick = threshold.replay(case, want.inputs, pairs)
     broken = failures(got, exact, yardstick, tolerances()[case.dtype])
     if broken:
         pytest.fail("N1: " + "; ".join(broken), pytrace=False)
     if case.options.deterministic:
-        again = run(case, want.inputs, backend)
+        again, _ = run(case, want.inputs, backend)
         different = [name for name, x in got.items() if not _same_bits(x, again[name])]
         assert not different, f"G2: {different} differ between two runs"
 

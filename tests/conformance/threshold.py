@@ -1,22 +1,23 @@
 """T1: what a backend kept is replayed in the reference, and judged.
 
-A backend that drops blocks offers `kept_blocks(problem, tensors) -> (map, (rows, keys))`: the
-blocks that it keeps for a call, bool `[B, Hq, ⌈Sq/rows⌉, ⌈Sk/keys⌉]` (B = 1 when packed, rows and
-keys counted on the packed axes). One without it drops nothing and is held to that.
+A call says with `return_kept` which blocks of `KEPT_BLOCK` rows and keys it kept. Everything that
+it dropped must have been droppable. Dropping is a permission, but where keys of great probability
+stand at the front of a sequence (`sinks`), a backend that drops must have dropped a fair share of
+what is certain to be droppable in blocks so large that every tile fits in.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
 from flash_sparse_attn.spec.schema import Case
 from torch import Tensor
 
-from flash_sparse_attn import reference, registry
+from flash_sparse_attn import BlockMap, reference, registry
 
 from . import eager, oracle
-from .calls import Call
 from .compare import Results
 from .inputs import Inputs
 from .leaves import Leaves
@@ -25,24 +26,31 @@ RTOL = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 """Relative error of the probabilities that an implementation compares with a / n."""
 
 
-def kept_pairs(backend: str, case: Case, inputs: Inputs) -> Tensor:
-    """The visible pairs that a backend keeps, once judged: bool `[B, Hq, Sq, Sk]`."""
-    module = registry.load(backend)
-    if not hasattr(module, "kept_blocks"):
-        return inputs.visible
-    call = Call(case, inputs, inputs.tensors, backend)
-    kept, block_size = module.kept_blocks(call.problem(), call.attention_tensors())
-    broken = failures(case, inputs, kept, block_size)
+LARGE = (128, 128)
+"""Rows and keys of a block that no tile of a backend exceeds."""
+FAIR_SHARE = 0.3
+"""Of the certainly droppable pairs; tiles that are visited before anything is known are kept."""
+
+
+def judge(backend: str, case: Case, inputs: Inputs, kept: BlockMap) -> Tensor:
+    """The visible pairs that a backend kept, bool `[B, Hq, Sq, Sk]`, if it kept to T1."""
+    elements = expand(case, kept)
+    broken = failures(case, inputs, elements, drops=backend != registry.REFERENCE)
     if broken:
         raise AssertionError(f"T1: {'; '.join(broken)}")
-    return expand(case, kept, block_size) & inputs.visible
+    return elements & inputs.visible
 
 
-def failures(case: Case, inputs: Inputs, kept: Tensor, block_size: tuple[int, int]) -> list[str]:
-    """Every way in which a set of kept blocks breaks T1; empty = it does not."""
+def failures(case: Case, inputs: Inputs, elements: Tensor, drops: bool) -> list[str]:
+    """Every way in which a set of kept pairs breaks T1; empty = it does not.
+
+    Args:
+        case, inputs: of the call.
+        elements: bool `[B, Hq, Sq, Sk]`, true = kept.
+        drops: whether it must drop at all.
+    """
     share, rtol = case.options.softmax_threshold, RTOL[case.dtype]
     probability = full_probability(case, inputs)
-    elements = expand(case, kept, block_size)
     found = []
     allowed = reference.check_kept(elements, probability, inputs.visible, share, rtol)
     if not allowed.all():
@@ -50,11 +58,13 @@ def failures(case: Case, inputs: Inputs, kept: Tensor, block_size: tuple[int, in
     lost = probability.masked_fill(elements, 0).sum(3).max() if probability.numel() else 0.0
     if lost >= share * (1 + rtol):
         found.append(f"a row lost {float(lost):.3g} of its mass, allowed is {share}")
-    certain = reference.droppable(probability, inputs.visible, share * (1 - rtol), block_size)
-    seen = any_visible(inputs.visible, block_size)
-    spared = certain & seen & kept
-    if spared.any():
-        found.append(f"{int(spared.sum())} of {int((certain & seen).sum())} droppable blocks kept")
+    if drops and case.data.values == "sinks" and not case.packed:
+        certain = reference.droppable(probability, inputs.visible, share * (1 - rtol), LARGE)
+        sizes = (case.sizes.seqlen_q, case.sizes.seqlen_k)
+        certain = reference.expand_kept(certain, LARGE, *sizes) & inputs.visible
+        spared, all_ = int((certain & elements).sum()), int(certain.sum())
+        if all_ >= math.prod(LARGE) and spared > (1 - FAIR_SHARE) * all_:
+            found.append(f"{spared} of {all_} certainly droppable pairs kept")
     return found
 
 
@@ -64,17 +74,20 @@ def full_probability(case: Case, inputs: Inputs) -> Tensor:
     return eager.scores(case, leaves.tensors, inputs.visible).softmax(3).nan_to_num(0)
 
 
-def expand(case: Case, kept: Tensor, block_size: tuple[int, int]) -> Tensor:
-    """The pairs of a map of blocks."""
-    return reference.expand_kept(kept, block_size, case.sizes.seqlen_q, case.sizes.seqlen_k)
-
-
-def any_visible(visible: Tensor, block_size: tuple[int, int]) -> Tensor:
-    """Which blocks hold a visible pair."""
-    (rows, keys), (seqlen_q, seqlen_k) = block_size, visible.shape[2:]
-    padding = (0, -seqlen_k % keys, 0, -seqlen_q % rows)
-    whole = torch.nn.functional.pad(visible, padding)
-    return whole.unflatten(3, (-1, keys)).unflatten(2, (-1, rows)).any(5).any(3)
+def expand(case: Case, kept: BlockMap) -> Tensor:
+    """The pairs of a map of blocks, `[B, Hq, Sq, Sk]`; B = 1 when packed."""
+    if not case.packed:
+        sizes = (case.sizes.seqlen_q, case.sizes.seqlen_k)
+        return reference.expand_kept(kept.active, kept.block_size, *sizes)
+    shape = (1, case.sizes.heads_q, case.sizes.seqlen_q, case.sizes.seqlen_k)
+    found = torch.zeros(shape, dtype=torch.bool, device=kept.active.device)
+    row, key = 0, 0
+    lengths = zip(case.packed.lengths_q, case.packed.lengths_k, strict=True)
+    for active, (rows, keys) in zip(kept.active, lengths, strict=True):
+        own = reference.expand_kept(active[None], kept.block_size, rows, keys)
+        found[..., row : row + rows, key : key + keys] = own
+        row, key = row + rows, key + keys
+    return found
 
 
 def replay(case: Case, inputs: Inputs, kept: Tensor) -> tuple[Results, Results]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from flash_sparse_attn.reference import layout, score
+from flash_sparse_attn.reference import forward, layout, score
 from torch import Tensor
 
 Function = Callable[..., Any]
@@ -113,6 +113,59 @@ def terms_without(**fields: Any) -> Change:
 
 def sinks_beat_causal(visible: Tensor, q: Tensor, k: Tensor, terms: Any) -> Tensor:
     return visible | (torch.arange(k.shape[1], device=k.device) < terms.sinks)
+
+
+def blocks_of_swapped_sides(
+    block_map: Tensor, size: tuple[int, int], seqlen_q: int, seqlen_k: int
+) -> Tensor:
+    i, j = torch.arange(seqlen_q)[:, None] // size[1], torch.arange(seqlen_k) // size[0]
+    rows, keys = block_map.shape[2:]
+    return block_map[:, :, i.clamp(max=rows - 1), j.clamp(max=keys - 1)]
+
+
+def without_ragged_blocks(
+    seen: Tensor, block_map: Tensor, size: tuple[int, int], seqlen_q: int, seqlen_k: int
+) -> Tensor:
+    return seen & (torch.arange(seqlen_k) < seqlen_k // size[1] * size[1])
+
+
+def first_block_map(terms: Any, b: int, length: int) -> tuple[Any, int, int]:
+    return replace(terms, block_map=terms.block_map[:1]), b, length
+
+
+def aligned_by_capacity(capacity: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`attend` in which p_i is what it would be if the whole capacity were in use."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, terms: Any) -> tuple[Tensor, Tensor]:
+        p = torch.arange(q.shape[1])[:, None] + capacity - q.shape[1]
+        seen = (torch.arange(k.shape[1]) <= p)[None, None]
+        return forward.attend(q, k, v, replace(terms, causal=False, mask=seen))
+
+    return attend
+
+
+def without_maximum(kept: Tensor, gate: Tensor, visible: Tensor, threshold: float) -> Tensor:
+    largest = torch.where(visible, gate, -math.inf).amax(3, keepdim=True)
+    return kept & (gate < largest)
+
+
+def one_threshold(gate: Tensor, visible: Tensor, threshold: float) -> Tensor:
+    largest = torch.where(visible, gate, -math.inf).amax((2, 3), keepdim=True)
+    return gate >= largest + math.log(threshold)
+
+
+def first_gates(f: Function) -> Function:
+    def first(terms: Any, rows: slice, keys: slice, kept: Any) -> Any:
+        own = f(terms, rows, keys, kept)
+        return replace(own, gate_q=terms.gate_q[None, : rows.stop - rows.start])
+
+    return first
+
+
+def first_alpha(found: dict[str, Tensor], ds: Tensor, terms: Any, *_: Any) -> dict[str, Tensor]:
+    group = terms.gate_q.shape[2] // terms.gate_k.shape[2]
+    alpha = found["gate_q"]
+    return found | {"gate_q": alpha[:, :, ::group].repeat_interleave(group, 2)}
 
 
 def sequences_shift(f: Function) -> Function:

@@ -7,7 +7,7 @@ the reference has it, or, for a name such as "visibility:to_query_heads", in tha
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -157,6 +157,21 @@ MUTANTS = (
         "block-map/random[float32,1x1]",
     ),
     Mutant(
+        "block map transposed",
+        {"blocks": on_arguments(lambda x, size, *n: (x.transpose(2, 3), size, *n))},
+        "block-map/square[float32]",
+    ),
+    Mutant(
+        "sides of a block swapped",
+        {"blocks": instead(changes.blocks_of_swapped_sides)},
+        "block-map/tiles[float32,32x64]",
+    ),
+    Mutant(
+        "last block cut off where it is ragged",
+        {"blocks": on_result(changes.without_ragged_blocks)},
+        "block-map/tiles[float32,128x128]",
+    ),
+    Mutant(
         "blocks counted from row 1",
         {"blocks": on_result(lambda seen, *_: seen.roll(-1, 2))},
         "block-map/random[float32,1x1]",
@@ -172,9 +187,58 @@ MUTANTS = (
         "packed/intervals[float32,random]",
     ),
     Mutant(
+        "keys of packed sequences bounded as their rows",
+        {"sequences": on_arguments(lambda cu_q, cu_k: (cu_q, cu_q))},
+        "packed/more-keys[float32]",
+    ),
+    Mutant(
+        "key bias of packed sequences counted from the first",
+        {"key_slice": on_arguments(lambda x, keys: (x, slice(0, keys.stop - keys.start)))},
+        "packed/key-bias[float32,1x1x1xSk]",
+    ),
+    Mutant(
+        "gates of packed rows counted from the first",
+        {"packed:sequence_terms": changes.first_gates},
+        "packed/gates[float32,identity]",
+    ),
+    Mutant(
+        "packed sinks and window before causality",
+        {"packed:sequence_terms": on_result(lambda own, *_: replace(own, causal=False))},
+        "packed/window-sinks-rows[float32,True]",
+    ),
+    Mutant(
         "page table ignored",
         {"paged": on_arguments(lambda x, table, n: (x, torch.arange(len(table)), n))},
         "cache/pages[float32,16]",
+    ),
+    Mutant(
+        "pages read one key late",
+        {"paged": on_result(lambda keys, *_: keys.roll(-1, 0))},
+        "cache/rows-pages[float32,3]",
+    ),
+    Mutant(
+        "entries of the page table one late",
+        {"paged": on_arguments(lambda x, table, n: (x, table.roll(-1), n))},
+        "cache/page-ends[float32]",
+    ),
+    Mutant(
+        "cache aligned by its capacity",
+        {"cached:attend": instead(changes.aligned_by_capacity(128))},
+        "cache/rows[float32,17]",
+    ),
+    Mutant(
+        "cache aligned by its first row",
+        {
+            "visibility:indices": on_result(
+                lambda found, *_: (*found[:2], found[2] + len(found[0]) - 1)
+            )
+        },
+        "cache/rows[float32,17]",
+    ),
+    Mutant(
+        "sequences of a cache take the block map of the first",
+        {"cached:sequence_terms": on_arguments(changes.first_block_map)},
+        "cache/block-map-sizes[float32,16x64]",
     ),
     Mutant(
         "cache one key short",
@@ -192,6 +256,21 @@ MUTANTS = (
         "cache/indices[float32,outside]",
     ),
     Mutant(
+        "−1 lists the last key",
+        {"listed": on_arguments(lambda x, n: (torch.where(x < 0, n - 1, x), n))},
+        "cache/indices[float32,none]",
+    ),
+    Mutant(
+        "every head reads the keys listed for the first",
+        {"listed": on_result(lambda found, *_: found[:1].expand(found.shape))},
+        "cache/indices-rows-pages[float32,few]",
+    ),
+    Mutant(
+        "key list in place of the mask",
+        {"cached:sequence_terms": on_result(lambda own, *_: replace(own, mask=None))},
+        "cache/indices-mask[float32]",
+    ),
+    Mutant(
         "key list ignored",
         {"listed": on_result(lambda found, *_: changes.everywhere(found))},
         "cache/indices[float32,few]",
@@ -207,6 +286,45 @@ MUTANTS = (
             ),
         },
         "gate/threshold-mask[float32]",
+    ),
+    Mutant(
+        "gate threshold over hidden keys of a packed window",
+        {
+            "visibility:gate_term": on_arguments(
+                lambda t, c, x, d: (t, c, changes.everywhere(x), d)
+            ),
+            "gate_threshold": on_arguments(
+                lambda gate, x, gamma: (gate, changes.everywhere(x), gamma)
+            ),
+        },
+        "packed/gate-threshold-intervals[float32]",
+    ),
+    Mutant(
+        "gate threshold over keys that are not listed",
+        {
+            "visibility:gate_term": on_arguments(
+                lambda t, c, x, d: (t, c, changes.everywhere(x), d)
+            ),
+            "gate_threshold": on_arguments(
+                lambda gate, x, gamma: (gate, changes.everywhere(x), gamma)
+            ),
+        },
+        "cache/gate-threshold-indices[float32]",
+    ),
+    Mutant(
+        "gate threshold drops the row's own maximum",
+        {"gate_threshold": on_result(changes.without_maximum)},
+        "gate/threshold-one[float32]",
+    ),
+    Mutant(
+        "gate threshold over all rows at once",
+        {"gate_threshold": instead(changes.one_threshold)},
+        "gate/threshold-causal-window[float32,identity]",
+    ),
+    Mutant(
+        "gate threshold by the size of the scale",
+        {"visibility:gate_term": on_arguments(lambda t, c, x, d: (t, abs(c), x, d))},
+        "gate/threshold-negative-causal[float32]",
     ),
     Mutant(
         "gate threshold without its scale",
@@ -347,6 +465,27 @@ MUTANTS = (
         "bias gradient of the first head of a group",
         {"layout:from_query_heads": instead(changes.first_heads)},
         "gradient/bias-alone[float32,BxHkvx1xSk]",
+    ),
+    Mutant(
+        "gate gradients without the scale",
+        {"gate_gradients": on_arguments(lambda ds, terms, c, x: (ds, terms, 1.0, x))},
+        "gate/function[float32,identity]",
+    ),
+    Mutant(
+        "gradient of alpha of the first head of a group",
+        {"gate_gradients": on_result(changes.first_alpha)},
+        "gate/threshold-heads[float32,heads_q=6+heads_kv=3]",
+    ),
+    Mutant(
+        "gate gradients rounded to half precision",
+        {
+            "gate_gradients": on_result(
+                lambda found, *_: {
+                    name: changes.squeezed(x, torch.float16) for name, x in found.items()
+                }
+            )
+        },
+        "packed/gates-alone[float32]",
     ),
     Mutant(
         "gate gradients swapped",

@@ -14,13 +14,13 @@ import torch
 from flash_sparse_attn.spec import cases
 from flash_sparse_attn.spec.schema import Case
 
-from flash_sparse_attn import reference, reference_backend, registry
+from flash_sparse_attn import dispatch, reference, reference_backend, registry
+from flash_sparse_attn.problem import KEPT_BLOCK
 
 from ..conformance.poison import poisoned_memory
 from ..conformance.test_cases import test_case as run_case
 
 TESTS = Path(__file__).parent.parent
-BLOCKS = (64, 64)
 forward, backward = reference_backend.forward, reference_backend.backward
 
 
@@ -34,10 +34,10 @@ def test_unwritten_output_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory holds NaN, so a row that nobody wrote shows."""
 
     def lazy(problem, tensors):
-        o, lse = forward(problem, tensors)
+        o, lse, kept = forward(problem, tensors)
         fresh = torch.empty_like(o)
         fresh[:, 1:] = o[:, 1:]
-        return fresh, lse
+        return fresh, lse, kept
 
     monkeypatch.setattr(reference_backend, "forward", lazy)
     with pytest.raises(pytest.fail.Exception, match=r"o: .* inf or nan"):
@@ -135,6 +135,10 @@ T1_CASES = [
 ]  # fmt: skip
 
 
+DROPPING = "dropping"
+"""Name of the backend that `_Dropping` is."""
+
+
 class _Dropping:
     """The reference as a backend that drops blocks (T1).
 
@@ -145,37 +149,48 @@ class _Dropping:
 
     def __init__(self, patch: pytest.MonkeyPatch, keep, says=None) -> None:
         self._keep, self._says = keep, says or keep
-        patch.setattr(reference_backend, "kept_blocks", self.kept_blocks, raising=False)
         patch.setattr(reference_backend, "forward", self.forward)
         patch.setattr(reference_backend, "backward", self.backward)
+        known = {name: getattr(registry, name) for name in ("load", "availability")}
+        for name, function in known.items():
+            patch.setattr(registry, name, lambda x, f=function: f(self._behind(x)))
+        dispatch.select.cache_clear()
+
+    @staticmethod
+    def _behind(name: str) -> str:
+        return registry.REFERENCE if name == DROPPING else name
 
     def _droppable(self, problem, tensors) -> torch.Tensor:
         keywords = reference_backend._keywords(problem, tensors)
         p, visible = reference.final_probability(tensors.q, tensors.k, **keywords)
-        return reference.droppable(p, visible, problem.softmax_threshold, BLOCKS)
-
-    def kept_blocks(self, problem, tensors):
-        return self._says(self._droppable(problem, tensors)), BLOCKS
+        return reference.droppable(p, visible, problem.softmax_threshold, KEPT_BLOCK)
 
     def _terms(self, problem, tensors):
         blocks = self._keep(self._droppable(problem, tensors))
-        kept = reference.expand_kept(blocks, BLOCKS, problem.seqlen_q, problem.seqlen_k)
+        kept = reference.expand_kept(blocks, KEPT_BLOCK, problem.seqlen_q, problem.seqlen_k)
         return reference_backend._keywords(problem, tensors) | {"kept": kept}
 
     def forward(self, problem, tensors):
         qkv = (tensors.q, tensors.k, tensors.v)
-        return reference.attention(*qkv, **self._terms(problem, tensors))
+        said = self._says(self._droppable(problem, tensors))
+        said = torch.nn.functional.pad(said, (0, -said.shape[3] % 32)).unflatten(3, (-1, 32))
+        bits = (said.long() << torch.arange(32)).sum(4).to(torch.int32)
+        return *reference.attention(*qkv, **self._terms(problem, tensors)), bits
 
-    def backward(self, problem, tensors, o, lse, do, dlse):
+    def backward(self, problem, tensors, o, lse, kept, do, dlse):
         qkv = (tensors.q, tensors.k, tensors.v)
         return reference.attention_backward(do, dlse, *qkv, **self._terms(problem, tensors))
+
+
+def _run_dropping(case: Case) -> None:
+    run_case(DROPPING, case, "cpu", lambda *_: None)
 
 
 @pytest.mark.parametrize("case", T1_CASES, ids=lambda case: case.id)
 def test_t1_passes_what_drops_all_that_it_may(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference_backend, "unsupported", lambda problem: [])
     _Dropping(monkeypatch, keep=lambda droppable: ~droppable)
-    _run(case.id)
+    _run_dropping(case)
 
 
 def test_t1_cases_have_blocks_to_drop_and_blocks_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +201,7 @@ def test_t1_cases_have_blocks_to_drop_and_blocks_to_keep(monkeypatch: pytest.Mon
         return ~droppable
 
     _Dropping(monkeypatch, keep=keep)
-    _run("threshold/sinks[float32,0.5]")
+    _run_dropping(cases()["threshold/sinks[float32,0.5]"])
     assert any(droppable.any() for droppable in seen)
     assert any((~droppable).any() for droppable in seen)
 
@@ -199,20 +214,20 @@ def test_t1_fails_what_drops_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
 
     _Dropping(monkeypatch, keep=keep)
     with pytest.raises(AssertionError, match=r"T1: .*lost elements"):
-        _run("threshold/sinks[float32,0.5]")
+        _run_dropping(cases()["threshold/sinks[float32,0.5]"])
 
 
 def test_t1_fails_what_drops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     _Dropping(monkeypatch, keep=torch.ones_like)
-    with pytest.raises(AssertionError, match=r"T1: .*droppable blocks kept"):
-        _run("threshold/sinks[float32,0.5]")
+    with pytest.raises(AssertionError, match=r"T1: .*droppable pairs kept"):
+        _run_dropping(cases()["threshold/sinks[float32,0.5]"])
 
 
 def test_t1_fails_what_says_otherwise_than_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """It replays what was said: a backend that computes with other blocks is out of tolerance."""
     _Dropping(monkeypatch, keep=lambda x: x, says=lambda x: ~x)
     with pytest.raises(pytest.fail.Exception, match="N1"):
-        _run("threshold/sinks[float32,0.5]")
+        _run_dropping(cases()["threshold/sinks[float32,0.5]"])
 
 
 def _session(folder: Path, body: str, *options: str) -> subprocess.CompletedProcess[str]:

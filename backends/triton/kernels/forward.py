@@ -79,11 +79,15 @@ def forward_kernel(
     Last tiles first, as they are the longest under V1. `tiles_q` counts those of a batch element
     or, packed, all of them.
     """
-    bounds = Bounds(seqlen_q, seqlen_k, left, right, left_sinks, right_sinks)
     h = tl.program_id(0) % heads_q
     nth = tl.program_id(0) // heads_q
     nth = nth // tiles_q * tiles_q + (tiles_q - 1 - nth % tiles_q)
-    place, bounds, tile_q, exists = place_tile(bounds, sequences, nth, tiles_q, BLOCK_M, False)
+    place, n_q, n_k, tile_q, exists = place_tile(
+        seqlen_q, seqlen_k, sequences, nth, tiles_q, BLOCK_M, False
+    )
+    bounds = Bounds(
+        n_q, n_k, left, right, tl.minimum(left_sinks, n_k), tl.minimum(right_sinks, n_k)
+    )
     if not exists:
         return
     start_q = tile_q * BLOCK_M
@@ -99,13 +103,11 @@ def forward_kernel(
     own = nth if CUT else tile_q
     tiles, n_full, n_partial = key_tiles(bounds, lists, place, h, tile_q, own, BLOCK_M, BLOCK_N)
 
-    q_tile = load_tile(q, place.batch, h, first_row, end_row, BLOCK_M, D, BLOCK_D, True, CUT)
+    q_tile = load_tile(q, place.batch, h, first_row, end_row, BLOCK_M, D, BLOCK_D, True, False)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
     total = tl.zeros([BLOCK_M], ACC)
     peak = tl.full([BLOCK_M], float("-inf"), ACC)
     alpha = None
-    delta = None
-    bias_tile = None
     if gates is not None:
         alpha = load_alpha(gates, place, h, i)[:, None]
     if DROPS:  # T1: the keys of the tiles visited are no fewer than those that a row sees
@@ -131,7 +133,7 @@ def forward_kernel(
             first_key = place.key + start_k
             j = start_k + tl.arange(0, BLOCK_N)
             k_tile = load_tile(
-                k, place.batch, h // group, first_key, end_key, BLOCK_N, D, BLOCK_D, PARTIAL, CUT
+                k, place.batch, h // group, first_key, end_key, BLOCK_N, D, BLOCK_D, PARTIAL, False
             )
             if PARTIAL:
                 keep = visible(
@@ -140,6 +142,8 @@ def forward_kernel(
                 )  # fmt: skip
             x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=ACC)
             if not RAW:
+                delta = None
+                bias_tile = None
                 if gates is not None:
                     delta = load_delta(gates, place, h, j)[None, :]
                 if bias is not None:

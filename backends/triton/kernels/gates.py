@@ -41,11 +41,11 @@ def delta_extrema_kernel(
 ):
     """Least and greatest delta of a block of keys, NaN if one is; grid batch * heads * blocks."""
     block = tl.program_id(0) % blocks
-    bounds = Bounds(seqlen_q, seqlen_k, None, None, 0, 0)
-    first = block * SUB // RECORD
-    _place, bounds, tile, _exists = place_tile(bounds, sequences, first, blocks, RECORD, True)
+    _place, _, n_k, tile, _exists = place_tile(
+        seqlen_q, seqlen_k, sequences, block * SUB // RECORD, blocks, RECORD, True
+    )
     at = tl.program_id(0).to(tl.int64) * SUB + tl.arange(0, SUB)
-    exists = tile * RECORD + block * SUB % RECORD + tl.arange(0, SUB) < bounds.seqlen_k
+    exists = tile * RECORD + block * SUB % RECORD + tl.arange(0, SUB) < n_k
     value = tl.load(delta + at)
     dirty = tl.sum(((value != value) & exists).to(tl.int32), 0) > 0
     low = tl.min(tl.where(exists, value, float("inf")), 0)
@@ -79,10 +79,14 @@ def gate_floor_kernel(
     ACC: tl.constexpr,
 ):
     """V7: mu_i + ln gamma in base 2, less what rounding may take; grid as the forward's."""
-    bounds = Bounds(seqlen_q, seqlen_k, left, right, left_sinks, right_sinks)
     h = tl.program_id(0) % heads_q
     nth = tl.program_id(0) // heads_q
-    place, bounds, tile_q, exists = place_tile(bounds, sequences, nth, tiles_q, BLOCK_M, False)
+    place, n_q, n_k, tile_q, exists = place_tile(
+        seqlen_q, seqlen_k, sequences, nth, tiles_q, BLOCK_M, False
+    )
+    bounds = Bounds(
+        n_q, n_k, left, right, tl.minimum(left_sinks, n_k), tl.minimum(right_sinks, n_k)
+    )
     if not exists:
         return
     start_q = tile_q * BLOCK_M

@@ -76,24 +76,29 @@ def key_gradients_kernel(
     Scores are computed transposed, [keys, rows], so that P^T and ds^T enter the products dv = P^T
     do and dk = ds^T q from registers.
     """
-    bounds = Bounds(seqlen_q, seqlen_k, left, right, left_sinks, right_sinks)
     n = tl.program_id(0) % heads_kv
     part = tl.program_id(0) // heads_kv
     if slots is None:
-        place, bounds, tile_k, exists = place_tile(bounds, sequences, part, n_parts, BLOCK_N, True)
+        place, n_q, n_k, tile_k, exists = place_tile(
+            seqlen_q, seqlen_k, sequences, part, n_parts, BLOCK_N, True
+        )
         if not exists:
             return
     else:
         place = Place(part // n_parts, 0, 0, 0, 0, 0)
+        n_q = seqlen_q
+        n_k = seqlen_k
         tile_k, share, shares = part_of_plane(slots, place.batch, n, part % n_parts, BLOCK_N)
         if shares == 0:
             return
+    bounds = Bounds(
+        n_q, n_k, left, right, tl.minimum(left_sinks, n_k), tl.minimum(right_sinks, n_k)
+    )
     own = part if sequences is not None else tile_k
     start_k = tile_k * BLOCK_N
     first_key = place.key + start_k
     end_key = place.key + bounds.seqlen_k
     end_row = place.row + bounds.seqlen_q
-    CUT: tl.constexpr = sequences is not None
     j = start_k + tl.arange(0, BLOCK_N)
     if slots is None:
         target = place.key + j
@@ -105,11 +110,9 @@ def key_gradients_kernel(
         n_targets = n_parts * BLOCK_N
     RAW: tl.constexpr = score.inner is None and gates is None and bias is None
 
-    k_tile = load_tile(k, place.batch, n, first_key, end_key, BLOCK_N, D, BLOCK_D, True, CUT)
-    v_tile = load_tile(v, place.batch, n, first_key, end_key, BLOCK_N, DV, BLOCK_DV, True, CUT)
-    alpha = None
+    k_tile = load_tile(k, place.batch, n, first_key, end_key, BLOCK_N, D, BLOCK_D, True, False)
+    v_tile = load_tile(v, place.batch, n, first_key, end_key, BLOCK_N, DV, BLOCK_DV, True, False)
     delta = None
-    bias_tile = None
     if gates is not None:
         delta = load_delta(gates, place, n * GROUP, j)[:, None]
     if dk is not None:
@@ -150,7 +153,7 @@ def key_gradients_kernel(
                 first_row = place.row + start_q
                 i = start_q + tl.arange(0, BLOCK_M)
                 q_tile = load_tile(
-                    q, place.batch, h, first_row, end_row, BLOCK_M, D, BLOCK_D, PARTIAL, CUT
+                    q, place.batch, h, first_row, end_row, BLOCK_M, D, BLOCK_D, PARTIAL, False
                 )
                 lse2 = tl.load(rows.lse2 + row_base + i)
                 if PARTIAL:
@@ -162,6 +165,8 @@ def key_gradients_kernel(
                 if RAW:
                     p = tl.exp2(x * score.outer - lse2[None, :])
                 else:
+                    alpha = None
+                    bias_tile = None
                     if gates is not None:
                         alpha = load_alpha(gates, place, h, i)[None, :]
                     if bias is not None:
@@ -173,7 +178,7 @@ def key_gradients_kernel(
                 if PARTIAL:
                     p = tl.where(keep, p, 0.0)  # N2
                 do_tile = load_tile(
-                    do, place.batch, h, first_row, end_row, BLOCK_M, DV, BLOCK_DV, PARTIAL, CUT
+                    do, place.batch, h, first_row, end_row, BLOCK_M, DV, BLOCK_DV, PARTIAL, False
                 )
                 if dv is not None:
                     dv_acc = tl.dot(

@@ -17,6 +17,7 @@ NEVER: tl.constexpr = tl.constexpr(2**31 - 1)
 ALWAYS: tl.constexpr = tl.constexpr(-(2**31))
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 KEPT_ROWS: tl.constexpr = tl.constexpr(KEPT_BLOCK[0])
 KEPT_KEYS: tl.constexpr = tl.constexpr(KEPT_BLOCK[1])
 _LOG2_1P_1: tl.constexpr = tl.constexpr(1.441965617)
@@ -24,6 +25,18 @@ _LOG2_1P_2: tl.constexpr = tl.constexpr(-0.709662822)
 _LOG2_1P_3: tl.constexpr = tl.constexpr(0.417595780)
 _LOG2_1P_4: tl.constexpr = tl.constexpr(-0.196269627)
 _LOG2_1P_5: tl.constexpr = tl.constexpr(0.046385354)
+
+
+@triton.jit
+def uniform(x):
+    """A loaded number, which the compiler then knows to be the same in every thread: it lives in a
+    register of the warp rather than in one of each thread, of which hot loops have none to spare.
+    """
+    if not INTERPRETED:
+        x = tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [x], tl.int32, is_pure=True, pack=1
+        )
+    return x
 
 
 @triton.jit

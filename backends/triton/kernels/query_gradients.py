@@ -65,11 +65,15 @@ def query_gradients_kernel(
     """dq and dalpha, [B, Hq, Sq], each None if not wanted; grid query tiles * batch * heads, in the
     order of the forward.
     """
-    bounds = Bounds(seqlen_q, seqlen_k, left, right, left_sinks, right_sinks)
     h = tl.program_id(0) % heads_q
     nth = tl.program_id(0) // heads_q
     nth = nth // tiles_q * tiles_q + (tiles_q - 1 - nth % tiles_q)
-    place, bounds, tile_q, exists = place_tile(bounds, sequences, nth, tiles_q, BLOCK_M, False)
+    place, n_q, n_k, tile_q, exists = place_tile(
+        seqlen_q, seqlen_k, sequences, nth, tiles_q, BLOCK_M, False
+    )
+    bounds = Bounds(
+        n_q, n_k, left, right, tl.minimum(left_sinks, n_k), tl.minimum(right_sinks, n_k)
+    )
     if not exists:
         return
     start_q = tile_q * BLOCK_M
@@ -83,14 +87,12 @@ def query_gradients_kernel(
     own = nth if CUT else tile_q
     tiles, n_full, n_partial = key_tiles(bounds, lists, place, h, tile_q, own, BLOCK_M, BLOCK_N)
 
-    q_tile = load_tile(q, place.batch, h, first_row, end_row, BLOCK_M, D, BLOCK_D, True, CUT)
-    do_tile = load_tile(do, place.batch, h, first_row, end_row, BLOCK_M, DV, BLOCK_DV, True, CUT)
+    q_tile = load_tile(q, place.batch, h, first_row, end_row, BLOCK_M, D, BLOCK_D, True, False)
+    do_tile = load_tile(do, place.batch, h, first_row, end_row, BLOCK_M, DV, BLOCK_DV, True, False)
     row_base = row_of_record(tl.cast(place.batch, tl.int64) * heads_q + h, rows) + place.row_record
     lse2 = tl.load(rows.lse2 + row_base + i)
     row_delta = tl.load(rows.delta + row_base + i)
     alpha = None
-    delta = None
-    bias_tile = None
     if gates is not None:
         alpha = load_alpha(gates, place, h, i)[:, None]
     if dq is not None:
@@ -117,6 +119,8 @@ def query_gradients_kernel(
             if RAW:
                 p = tl.exp2(x * score.outer - lse2[:, None])
             else:
+                delta = None
+                bias_tile = None
                 if gates is not None:
                     delta = load_delta(gates, place, h, j)[None, :]
                 if bias is not None:

@@ -44,13 +44,17 @@ def key_ranges_kernel(
 
     A hidden key starts never and has ended before it starts.
     """
-    bounds = Bounds(seqlen_q, seqlen_k, left, right, left_sinks, right_sinks)
     block = tl.program_id(0) % blocks
     plane = tl.program_id(0) // blocks
     b = plane // heads
     h = (plane % heads) * heads_per_list
     record = block * SUB // RECORD
-    place, bounds, tile, _exists = place_tile(bounds, sequences, record, blocks, RECORD, True)
+    place, n_q, n_k, tile, _exists = place_tile(
+        seqlen_q, seqlen_k, sequences, record, blocks, RECORD, True
+    )
+    bounds = Bounds(
+        n_q, n_k, left, right, tl.minimum(left_sinks, n_k), tl.minimum(right_sinks, n_k)
+    )
     j = tile * RECORD + block * SUB % RECORD + tl.arange(0, SUB)
     exists = j < bounds.seqlen_k
     first, last = bound_range(j, bounds)

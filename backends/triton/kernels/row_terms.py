@@ -9,7 +9,7 @@ from torch import Tensor
 from flash_sparse_attn.problem import AttentionProblem
 
 from . import arguments
-from .arguments import Bounds, RowTerms, Sequences
+from .arguments import RowTerms, Sequences
 from .primitives import LOG2E, load_tile
 from .sequences import place_tile
 
@@ -42,13 +42,14 @@ def row_terms_kernel(
     nth = tl.program_id(0) % blocks
     if sequences is None:
         nth += head // heads_q * blocks
-    bounds = Bounds(seqlen_q, seqlen_q, None, None, 0, 0)
-    place, bounds, block, _exists = place_tile(bounds, sequences, nth, blocks, BLOCK_M, False)
+    place, n_q, _, block, _exists = place_tile(
+        seqlen_q, seqlen_q, sequences, nth, blocks, BLOCK_M, False
+    )
     start_q = block * BLOCK_M
     i = start_q + tl.arange(0, BLOCK_M)
-    exists = i < bounds.seqlen_q
+    exists = i < n_q
     first_row = place.row + start_q
-    end_row = place.row + bounds.seqlen_q
+    end_row = place.row + n_q
     source = head.to(tl.int64) * seqlen_q + place.row + i
     row_lse = tl.load(lse + source, mask=exists, other=float("-inf"))
     o_tile = load_tile(

@@ -9,17 +9,19 @@ from torch import Tensor
 from flash_sparse_attn.problem import AttentionProblem
 
 from . import arguments
-from .arguments import RECORD_BLOCK, Bounds, Place, Sequences
-from .primitives import KEPT_ROWS, store_rows
+from .arguments import RECORD_BLOCK, Place, Sequences
+from .primitives import KEPT_ROWS, store_rows, uniform
 from .sizes import ceil_div
 
 _RECORD: tl.constexpr = tl.constexpr(RECORD_BLOCK)
 
 
 @triton.jit
-def place_tile(bounds, sequences, nth, tiles, BLOCK: tl.constexpr, OF_KEYS: tl.constexpr):
-    """(place, bounds, tile, exists): where the nth tile of all rows or keys lies, the bounds of its
-    sequence, its number in there, and whether it holds any.
+def place_tile(
+    seqlen_q, seqlen_k, sequences, nth, tiles, BLOCK: tl.constexpr, OF_KEYS: tl.constexpr
+):
+    """(place, seqlen_q, seqlen_k, tile, exists): where the nth tile of all rows or keys lies, the
+    lengths of its sequence, its number in there, and whether it holds any.
 
     `tiles` counts those of one batch element; it means nothing when packed.
     """
@@ -33,10 +35,11 @@ def place_tile(bounds, sequences, nth, tiles, BLOCK: tl.constexpr, OF_KEYS: tl.c
         present = b < sequences.count
         first = tl.load(cu + b, mask=present, other=0) // BLOCK + b
         sequence = tl.sum((present & (first <= nth)).to(tl.int32), 0) - 1
-        row = tl.load(sequences.cu_q + sequence)
-        key = tl.load(sequences.cu_k + sequence)
-        seqlen_q = tl.load(sequences.cu_q + sequence + 1) - row
-        seqlen_k = tl.load(sequences.cu_k + sequence + 1) - key
+        sequence = uniform(sequence)
+        row = uniform(tl.load(sequences.cu_q + sequence))
+        key = uniform(tl.load(sequences.cu_k + sequence))
+        seqlen_q = uniform(tl.load(sequences.cu_q + sequence + 1)) - row
+        seqlen_k = uniform(tl.load(sequences.cu_k + sequence + 1)) - key
         place = Place(
             0,
             row,
@@ -47,15 +50,7 @@ def place_tile(bounds, sequences, nth, tiles, BLOCK: tl.constexpr, OF_KEYS: tl.c
         )
         tile = nth - ((key if OF_KEYS else row) // BLOCK + sequence)
         exists = tile * BLOCK < (seqlen_k if OF_KEYS else seqlen_q)
-        bounds = Bounds(
-            seqlen_q,
-            seqlen_k,
-            bounds.left,
-            bounds.right,
-            tl.minimum(bounds.left_sinks, seqlen_k),
-            tl.minimum(bounds.right_sinks, seqlen_k),
-        )
-    return place, bounds, tile, exists
+    return place, seqlen_q, seqlen_k, tile, exists
 
 
 @triton.jit(do_not_specialize=["length", "heads"])
@@ -76,11 +71,12 @@ def record_kernel(
     block = tl.program_id(0) % blocks
     plane = tl.program_id(0) // blocks
     b = plane // heads
-    bounds = Bounds(length, length, None, None, 0, 0)
-    place, bounds, block, _exists = place_tile(bounds, sequences, block, blocks, BLOCK, OF_KEYS)
+    place, seqlen_q, seqlen_k, block, _exists = place_tile(
+        length, length, sequences, block, blocks, BLOCK, OF_KEYS
+    )
     at = block * BLOCK + tl.arange(0, BLOCK)
     first = place.key if OF_KEYS else place.row
-    limit = bounds.seqlen_k if OF_KEYS else bounds.seqlen_q
+    limit = seqlen_k if OF_KEYS else seqlen_q
     base = x + tl.cast(b, tl.int64) * batch + tl.cast(plane % heads, tl.int64) * head
     value = tl.load(base + (first + at).to(tl.int64) * step, mask=at < limit, other=0.0)
     target = record + tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

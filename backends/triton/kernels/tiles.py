@@ -184,13 +184,15 @@ def list_tiles_kernel(
 
     Grid batch * list heads * `n_own` tile rows; a list has room for `length` tiles.
     """
-    bounds = Bounds(seqlen_q, seqlen_k, left, right, left_sinks, right_sinks)
     own = tl.program_id(0) % n_own
     plane = tl.program_id(0) // n_own
     h = (plane % heads) * heads_per_list
     nth = plane // heads * n_own + own
-    place, bounds, own, exists = place_tile(
-        bounds, sequences, nth, n_own, BLOCK_N if TRANSPOSED else BLOCK_M, TRANSPOSED
+    place, n_q, n_k, own, exists = place_tile(
+        seqlen_q, seqlen_k, sequences, nth, n_own, BLOCK_N if TRANSPOSED else BLOCK_M, TRANSPOSED
+    )
+    bounds = Bounds(
+        n_q, n_k, left, right, tl.minimum(left_sinks, n_k), tl.minimum(right_sinks, n_k)
     )
     if not exists:
         return
