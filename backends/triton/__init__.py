@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flash_sparse_attn import capability
-from flash_sparse_attn.problem import AttentionProblem
+from flash_sparse_attn.problem import AttentionProblem, Form
 from flash_sparse_attn.tensors import AttentionTensors
 
 CAPABILITY = capability.load(Path(__file__).with_name("capability.toml"))
@@ -61,9 +61,12 @@ def unsupported(problem: AttentionProblem) -> list[str]:
 
     The interpreter serves CPU tensors, float16 and float32 ones.
     """
+    found = []
+    if problem.grads and problem.form == Form.CACHE:
+        found.append(f"gradients of {', '.join(problem.grads)} are not defined in the cache form")
     if not interpreted():
-        return capability.reasons(CAPABILITY, problem)
-    found = capability.reasons(CAPABILITY, replace(problem, device="cuda", arch=None))
+        return found + capability.reasons(CAPABILITY, problem)
+    found += capability.reasons(CAPABILITY, replace(problem, device="cuda", arch=None))
     if problem.device != "cpu":
         found.append(f"tensors are on {problem.device!r} and Triton's interpreter runs on the CPU")
     if problem.dtype == torch.bfloat16:
@@ -75,9 +78,12 @@ def forward(
     problem: AttentionProblem, tensors: AttentionTensors
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`(o, lse, kept)` by O1, O2 and T1."""
+    from .kernels import decode
     from .kernels import forward as kernels
 
     with _on_device_of(tensors.q):
+        if problem.form == Form.CACHE:
+            return decode.decode(problem, tensors)
         return kernels.forward(problem, tensors)
 
 

@@ -66,6 +66,10 @@ class Sequences(NamedTuple):
     count: int
     largest: Any
     """A power of two above `count`."""
+    places: Tensor
+    """What `place_tile` finds, int32 `[tiles, 8]`, for tiles of one size."""
+    placed: Any
+    """Whether `places` was filled in; without, each program searches for its sequence."""
 
 
 class Place(NamedTuple):
@@ -96,7 +100,7 @@ class Score(NamedTuple):
 
 
 class Gates(NamedTuple):
-    """S3 and V7: alpha and delta as records, strides 0 where broadcast."""
+    """S3 and V7: alpha, in base 2, and delta as records, strides 0 where broadcast."""
 
     alpha: Tensor
     alpha_batch: int
@@ -113,12 +117,16 @@ class Gates(NamedTuple):
     """Whether g must be exact to float32, not only to a 16-bit result."""
     floor: Tensor
     """V7: the least c g_ij, in base 2, that row i keeps; a record as alpha."""
+    limits: Tensor
+    """V7 for `KEPT_BLOCK` rows at once, `[B, Hq, blocks, 4]`: some row keeps a key of delta >= the
+    first or <= the second; all keep one of delta >= the third and <= the fourth.
+    """
     extrema: Tensor
-    """Least and greatest delta per block of keys, `[B, Hkv, blocks, 2]`."""
+    """Least and greatest delta per block of keys, `[B, Hkv, blocks, 2]`; NaN if one is."""
     extrema_batch: int
     extrema_head: int
     pruned: Any
-    """Whether V7 hides anything; without it `floor` and `extrema` mean nothing."""
+    """Whether V7 hides anything; without it `floor`, `limits` and `extrema` mean nothing."""
 
 
 class Bias(NamedTuple):
@@ -399,7 +407,7 @@ def sequences(problem: AttentionProblem, tensors: AttentionTensors) -> Sequences
         return None
     largest = tl.constexpr(power_of_2(problem.batch + 1))
     cu_q, cu_k = tensors.cu_seqlens_q.contiguous(), tensors.cu_seqlens_k.contiguous()
-    return Sequences(cu_q, cu_k, problem.batch, largest)
+    return Sequences(cu_q, cu_k, problem.batch, largest, cu_q, tl.constexpr(False))
 
 
 def tile_count(problem: AttentionProblem, length: int, size: int) -> int:

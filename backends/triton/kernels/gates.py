@@ -1,8 +1,9 @@
 """Gates (S3) as records, and their threshold (V7) as one number a row.
 
 g is monotone, so that the largest gate of a row lies at the least or the greatest delta that it
-sees: mu_i takes no K, and the extrema of delta per block of keys tell which tiles a row group can
-leave out before K is loaded.
+sees: mu_i takes no K. Turned round, a row keeps the keys whose delta is on one side of a number;
+so the extrema of delta in a block of keys tell which tiles a row group can leave out before K is
+loaded.
 """
 
 from __future__ import annotations
@@ -13,18 +14,31 @@ import torch
 import triton
 import triton.language as tl
 
-from flash_sparse_attn.problem import AttentionProblem
+from flash_sparse_attn.problem import KEPT_BLOCK, AttentionProblem
 from flash_sparse_attn.tensors import AttentionTensors
 
 from . import arguments
-from .arguments import RECORD_BLOCK, Bounds, Gates, Sequences, Terms, TileLists, broadcast_strides
-from .primitives import gate, load_alpha, load_delta, visible
+from .arguments import (
+    LOG2E,
+    RECORD_BLOCK,
+    Bounds,
+    Gates,
+    Sequences,
+    Terms,
+    TileLists,
+    broadcast_strides,
+)
+from .primitives import KEPT_ROWS, LN2, gate, load_alpha, load_delta, visible
 from .sequences import place_tile, record
-from .spans import key_tiles, nth_tile
+from .spans import listed_tiles, nth_tile
 from .tuning import Tile
 
 SLACK = {4: 4e-6, 8: 1e-14}
 """Relative rounding, by bytes of the sums, within which a gate is at its threshold."""
+TOLERANCE = {2: 1e-3, 4: 1e-4, 8: 1e-10}
+"""Error of g, by bytes of the inputs, that a verdict on a whole tile allows for."""
+CHUNK = 128
+"""Tiles whose extrema are read at a time."""
 
 
 @triton.jit(do_not_specialize=[*Bounds._fields, "heads"])
@@ -58,6 +72,7 @@ def delta_extrema_kernel(
 @triton.jit(do_not_specialize=[*Bounds._fields, "heads_q", "tiles_q"])
 def gate_floor_kernel(
     floor,
+    limits,
     seqlen_q,
     seqlen_k,
     left,
@@ -72,13 +87,18 @@ def gate_floor_kernel(
     lists,
     share,
     slack,
+    tolerance,
     heads_q,
     tiles_q,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SUB: tl.constexpr,
+    CHUNK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """V7: mu_i + ln gamma in base 2, less what rounding may take; grid as the forward's."""
+    """V7: mu_i + ln gamma in base 2, less what rounding may take, and what it means for the delta
+    of a key; grid as the forward's.
+    """
     h = tl.program_id(0) % heads_q
     nth = tl.program_id(0) // heads_q
     place, n_q, n_k, tile_q, exists = place_tile(
@@ -92,36 +112,110 @@ def gate_floor_kernel(
     start_q = tile_q * BLOCK_M
     i = start_q + tl.arange(0, BLOCK_M)
     own = nth if sequences is not None else tile_q
-    tiles, n_full, n_partial = key_tiles(bounds, lists, place, h, tile_q, own, BLOCK_M, BLOCK_N)
-    low = tl.full([BLOCK_M], float("inf"), ACC)
-    high = tl.full([BLOCK_M], float("-inf"), ACC)
-    dirty = tl.zeros([BLOCK_M], tl.int32)
-    for PARTIAL in tl.static_range(2):
-        for t in range(n_partial if PARTIAL else n_full):
-            start_k = nth_tile(tiles, lists, t, PARTIAL) * BLOCK_N
-            delta = load_delta(gates, place, h, start_k + tl.arange(0, BLOCK_N))[None, :]
-            if PARTIAL:
-                keep = visible(
-                    place, h, start_q, start_k, bounds, mask, blocks, ranges,
-                    BLOCK_M, BLOCK_N, False,
-                )  # fmt: skip
-                dirty |= tl.max(((delta != delta) & keep).to(tl.int32), 1)
-                low = tl.minimum(low, tl.min(tl.where(keep, delta, float("inf")), 1))
-                high = tl.maximum(high, tl.max(tl.where(keep, delta, float("-inf")), 1))
-            else:
-                dirty |= tl.max((delta != delta).to(tl.int32), 1)
-                low = tl.minimum(low, tl.min(delta, 1))
-                high = tl.maximum(high, tl.max(delta, 1))
+    tiles, n_full, n_partial = listed_tiles(lists, place, h, own)
+    low, high, dirty = _extremes_of_full(
+        gates, place, h, bounds, tiles, n_full, BLOCK_N, SUB, CHUNK
+    )
+    low = tl.zeros([BLOCK_M], ACC) + low
+    high = tl.zeros([BLOCK_M], ACC) + high
+    dirty = tl.zeros([BLOCK_M], tl.int32) + dirty
+    for t in range(n_partial):
+        start_k = nth_tile(tiles, lists, t, True) * BLOCK_N
+        delta = load_delta(gates, place, h, start_k + tl.arange(0, BLOCK_N))[None, :]
+        keep = visible(
+            place, h, start_q, start_k, bounds, mask, blocks, ranges, BLOCK_M, BLOCK_N, False
+        )
+        dirty |= tl.max(((delta != delta) & keep).to(tl.int32), 1)
+        low = tl.minimum(low, tl.min(tl.where(keep, delta, float("inf")), 1))
+        high = tl.maximum(high, tl.max(tl.where(keep, delta, float("-inf")), 1))
     alpha = load_alpha(gates, place, h, i)
     one, _slope = gate(gates, alpha * low)
     other, _slope = gate(gates, alpha * high)
     largest = tl.maximum(one, other)
     value = largest + share - slack * (1.0 + tl.abs(largest))
-    record = tl.cast(place.batch, tl.int64) * gates.alpha_batch + h * gates.alpha_head
-    target = floor + record + place.row_record + i
     # Where a gate is NaN nothing is dropped.
     value = tl.where((dirty != 0) | (alpha != alpha), float("-inf"), value)
-    tl.store(target, value, mask=i < bounds.seqlen_q)
+    record = tl.cast(place.batch, tl.int64) * gates.alpha_batch + h * gates.alpha_head
+    record += place.row_record
+    tl.store(floor + record + i, value, mask=i < bounds.seqlen_q)
+
+    up, some = _delta_limit(gates, alpha, value, -tolerance)
+    _up, every = _delta_limit(gates, alpha, value, tolerance)
+    row = i < bounds.seqlen_q
+    entry = limits + (record // KEPT_ROWS + start_q // KEPT_ROWS) * 4
+    entry += tl.arange(0, BLOCK_M // KEPT_ROWS) * 4
+    exists = start_q + tl.arange(0, BLOCK_M // KEPT_ROWS) * KEPT_ROWS < bounds.seqlen_q
+    SHAPE: tl.constexpr = [BLOCK_M // KEPT_ROWS, KEPT_ROWS]
+    some_up = tl.reshape(tl.where(row & up, some, float("inf")), SHAPE)
+    some_down = tl.reshape(tl.where(row & ~up, some, float("-inf")), SHAPE)
+    all_up = tl.reshape(tl.where(row & up, every, float("-inf")), SHAPE)
+    all_down = tl.reshape(tl.where(row & ~up, every, float("inf")), SHAPE)
+    tl.store(entry, tl.min(some_up, 1), mask=exists)
+    tl.store(entry + 1, tl.max(some_down, 1), mask=exists)
+    tl.store(entry + 2, tl.max(all_up, 1), mask=exists)
+    tl.store(entry + 3, tl.min(all_down, 1), mask=exists)
+
+
+@triton.jit
+def _extremes_of_full(
+    gates,
+    place,
+    h,
+    bounds,
+    tiles,
+    n_full,
+    BLOCK_N: tl.constexpr,
+    SUB: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """(least, greatest) delta of the full tiles of a list, and whether one is NaN."""
+    at = (
+        gates.extrema
+        + tl.cast(place.batch, tl.int64) * gates.extrema_batch
+        + h // gates.heads_per_delta * gates.extrema_head
+        + place.key_record // SUB * 2
+    )
+    low = tl.full([CHUNK], float("inf"), gates.extrema.dtype.element_ty)
+    high = tl.full([CHUNK], float("-inf"), gates.extrema.dtype.element_ty)
+    dirty = tl.zeros([CHUNK], tl.int32)
+    for first in range(0, n_full, CHUNK):
+        t = first + tl.arange(0, CHUNK)
+        tile = tl.load(tiles + t, mask=t < n_full, other=0)
+        for part in tl.static_range((BLOCK_N + SUB - 1) // SUB):
+            block = tile * BLOCK_N // SUB + part
+            present = (t < n_full) & (block * SUB < bounds.seqlen_k)
+            least = tl.load(at + block * 2, mask=present, other=float("inf"))
+            greatest = tl.load(at + block * 2 + 1, mask=present, other=float("-inf"))
+            dirty |= (least != least).to(tl.int32)
+            low = tl.minimum(low, least)
+            high = tl.maximum(high, greatest)
+    return tl.min(low, 0), tl.max(high, 0), tl.max(dirty, 0)
+
+
+@triton.jit
+def _delta_limit(gates, alpha, floor, tolerance):
+    """(up, limit): a row keeps the keys of delta >= limit where up, of delta <= limit elsewhere.
+
+    c g(alpha delta) >= floor solved for delta, in base 2; a negative tolerance widens what is kept,
+    a positive one narrows it.
+    """
+    rises = gates.scale > 0.0
+    target = floor / gates.scale
+    step = tolerance * (1.0 + tl.abs(target))
+    target = tl.where(rises, target + step, target - step)
+    x = target
+    if gates.logsigmoid:  # g(x) = -log2(1 + 2^-x); near both ends by its limits
+        x = -tl.log2(tl.exp2(-target) - 1.0)
+        x = tl.where(target > -0.001, -tl.log2(-target * LN2), x)
+        x = tl.where(target < -20.0, target, x)
+        x = tl.where(target >= 0.0, float("inf"), x)
+    up = (alpha > 0.0) == rises
+    limit = x / alpha
+    margin = tolerance * tl.abs(limit)
+    limit = tl.where(up, limit + margin, limit - margin)
+    # Rows of alpha = 0 or c = 0, and those that drop nothing, keep every key.
+    all_ = (alpha == 0.0) | (floor == float("-inf")) | (gates.scale == 0.0) | (limit != limit)
+    return up | all_, tl.where(all_, float("-inf"), limit)
 
 
 def gates(
@@ -136,7 +230,7 @@ def gates(
     """
     if problem.gate is None:
         return None
-    alpha = record(problem, _heads_first(tensors.gate_q), sequences, False)
+    alpha = record(problem, _heads_first(tensors.gate_q), sequences, False, LOG2E)
     delta = record(problem, _heads_first(tensors.gate_k), sequences, True)
     made = Gates(
         alpha,
@@ -147,6 +241,7 @@ def gates(
         arguments.number(problem, problem.softmax_scale),
         tl.constexpr(problem.gate == "logsigmoid"),
         tl.constexpr(problem.dtype.itemsize >= 4),
+        alpha,
         alpha,
         delta,
         0,
@@ -183,9 +278,11 @@ def prune(problem: AttentionProblem, terms: Terms, lists: TileLists | None, tile
     """
     found = terms.gates
     floor = torch.empty_like(found.alpha)
+    limits = floor.new_empty(floor.numel() // KEPT_BLOCK[0] * 4)
     tiles = arguments.tile_count(problem, problem.seqlen_q, tile.block_m)
     gate_floor_kernel[(tiles * problem.heads_q,)](
         floor,
+        limits,
         *terms.bounds,
         found,
         terms.mask,
@@ -195,14 +292,17 @@ def prune(problem: AttentionProblem, terms: Terms, lists: TileLists | None, tile
         lists,
         arguments.number(problem, math.log2(problem.gate_threshold)),
         arguments.number(problem, SLACK[floor.element_size()]),
+        arguments.number(problem, TOLERANCE[problem.dtype.itemsize]),
         problem.heads_q,
         tiles // max(arguments.records(problem), 1),
+        SUB=terms.block,
+        CHUNK=CHUNK,
         ACC=arguments.accumulator(problem),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         num_warps=tile.warps,
     )
-    return found._replace(floor=floor, pruned=tl.constexpr(True))
+    return found._replace(floor=floor, limits=limits, pruned=tl.constexpr(True))
 
 
 def _heads_first(x: torch.Tensor) -> torch.Tensor:

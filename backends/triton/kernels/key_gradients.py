@@ -13,6 +13,7 @@ from flash_sparse_attn.tensors import AttentionTensors
 from . import arguments, bias_gradient, preparation, slot_sums, tuning
 from .arguments import Bounds, Place, RowTerms, Slots, Terms
 from .primitives import (
+    LN2,
     load_alpha,
     load_bias,
     load_delta,
@@ -23,7 +24,7 @@ from .primitives import (
     visible,
 )
 from .row_terms import row_of_record
-from .sequences import clear_rest, place_tile
+from .sequences import clear_rest, place_tile, placed
 from .slot_sums import part_of_plane
 from .spans import listed_tiles, nth_tile, query_tile_span, slot_tile_span
 
@@ -216,7 +217,7 @@ def key_gradients_kernel(
         store_rows(dv, place.batch, n, target, stored, dv_acc, DV, BLOCK_DV)
     if ddelta is not None:
         column = (tl.cast(place.batch, tl.int64) * heads_kv + n) * n_targets + target
-        tl.store(ddelta + column, ddelta_acc * scale, mask=stored)
+        tl.store(ddelta + column, ddelta_acc * scale * LN2, mask=stored)  # alpha is in base 2
 
 
 def key_gradients(
@@ -245,6 +246,8 @@ def key_gradients(
         sums = rows.delta.new_empty((batch, problem.heads_q, targets))
     if problem.needs("gate_k"):
         ddelta = rows.delta.new_empty((batch, problem.heads_kv, targets), dtype=sums_as)
+    lists = preparation.list_tiles(problem, terms, slots, tile, transposed=True)
+    places = placed(terms.sequences, parts, tile.block_n, True)
     key_gradients_kernel[(parts * batch * problem.heads_kv,)](
         *arguments.sources(problem, tensors, do, tile),
         None if dk is None else arguments.operand(dk),
@@ -253,8 +256,8 @@ def key_gradients(
         ddelta,
         slots,
         rows,
-        *terms.flat(),
-        preparation.list_tiles(problem, terms, slots, tile, transposed=True),
+        *terms._replace(sequences=places).flat(),
+        lists,
         arguments.number(problem, problem.softmax_scale),
         problem.heads_kv,
         parts,

@@ -20,11 +20,15 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 KEPT_ROWS: tl.constexpr = tl.constexpr(KEPT_BLOCK[0])
 KEPT_KEYS: tl.constexpr = tl.constexpr(KEPT_BLOCK[1])
-_LOG2_1P_1: tl.constexpr = tl.constexpr(1.441965617)
-_LOG2_1P_2: tl.constexpr = tl.constexpr(-0.709662822)
-_LOG2_1P_3: tl.constexpr = tl.constexpr(0.417595780)
-_LOG2_1P_4: tl.constexpr = tl.constexpr(-0.196269627)
-_LOG2_1P_5: tl.constexpr = tl.constexpr(0.046385354)
+_LOG2_1P_1: tl.constexpr = tl.constexpr(1.439014697)
+_LOG2_1P_2: tl.constexpr = tl.constexpr(-0.679944138)
+_LOG2_1P_3: tl.constexpr = tl.constexpr(0.325595819)
+_LOG2_1P_4: tl.constexpr = tl.constexpr(-0.084768714)
+_RECIPROCAL_1P_0: tl.constexpr = tl.constexpr(0.999783365)
+_RECIPROCAL_1P_1: tl.constexpr = tl.constexpr(-0.987299109)
+_RECIPROCAL_1P_2: tl.constexpr = tl.constexpr(0.877918329)
+_RECIPROCAL_1P_3: tl.constexpr = tl.constexpr(-0.551806260)
+_RECIPROCAL_1P_4: tl.constexpr = tl.constexpr(0.161620311)
 
 
 @triton.jit
@@ -155,7 +159,9 @@ def load_bias(bias, place, h, i, j, bounds):
 
 @triton.jit
 def load_alpha(gates, place, h, i):
-    """alpha (S3) at rows i; 0 at rows that do not exist, so that all of their g are finite."""
+    """alpha (S3) at rows i in base 2, alpha log2(e); 0 at rows that do not exist, so that all of
+    their g are finite.
+    """
     record = tl.cast(place.batch, tl.int64) * gates.alpha_batch + h * gates.alpha_head
     return tl.load(gates.alpha + record + place.row_record + i)
 
@@ -187,15 +193,13 @@ def load_delta(gates, place, h, j):
 def log2_1p(y, FINE: tl.constexpr):
     """log2(1 + y) for 0 <= y <= 1.
 
-    Where a 16-bit result follows, by a polynomial (least maximal error, 1.5e-5), which leaves the
+    Where a 16-bit result follows, by a polynomial (least maximal error, 1e-04), which leaves the
     unit that takes exponentials and logarithms to the softmax.
     """
     if FINE:
         value = tl.log2(1.0 + y)
     else:
-        value = _LOG2_1P_5
-        value = value * y + _LOG2_1P_4
-        value = value * y + _LOG2_1P_3
+        value = y * _LOG2_1P_4 + _LOG2_1P_3
         value = value * y + _LOG2_1P_2
         value = value * y + _LOG2_1P_1
         value = value * y
@@ -203,14 +207,27 @@ def log2_1p(y, FINE: tl.constexpr):
 
 
 @triton.jit
-def gate(gates, x):
-    """(c g(x), g'(x)) of S3 for x = alpha delta, the former in base 2."""
-    if gates.logsigmoid:
-        y = tl.exp2(tl.abs(x) * -LOG2E)
-        value = tl.minimum(x, 0.0) * LOG2E - log2_1p(y, gates.fine)
-        slope = tl.where(x < 0.0, 1.0, y) / (1.0 + y)
+def reciprocal_1p(y, FINE: tl.constexpr):
+    """1 / (1 + y) for 0 <= y <= 1, as `log2_1p` (error 2e-04)."""
+    if FINE:
+        value = 1.0 / (1.0 + y)
     else:
-        value = x * LOG2E
+        value = y * _RECIPROCAL_1P_4 + _RECIPROCAL_1P_3
+        value = value * y + _RECIPROCAL_1P_2
+        value = value * y + _RECIPROCAL_1P_1
+        value = value * y + _RECIPROCAL_1P_0
+    return value
+
+
+@triton.jit
+def gate(gates, x):
+    """(c g, g') of S3 for x = alpha delta; x and c g in base 2."""
+    if gates.logsigmoid:
+        y = tl.exp2(-tl.abs(x))
+        value = tl.minimum(x, 0.0) - log2_1p(y, gates.fine)
+        slope = tl.where(x < 0.0, 1.0, y) * reciprocal_1p(y, gates.fine)
+    else:
+        value = x
         slope = 1.0
     return value * gates.scale, slope
 
@@ -365,8 +382,9 @@ def hide_if(
 def scores(x, score, gates, alpha, delta, bias):
     """(s, slope, gated, gate_slope) of S1 to S4 for raw products x, s in base 2.
 
-    alpha, delta and the bias are in shapes that broadcast to that of x, None where absent. The
-    slopes are those of S2 and S3, which G1 needs; `gated` is c g in base 2, which V7 compares.
+    alpha (in base 2), delta and the bias are in shapes that broadcast to that of x, None where
+    absent. The slopes are those of S2 and S3, which G1 needs; `gated` is c g in base 2, which V7
+    compares.
     """
     slope = 1.0
     gated = 0.0

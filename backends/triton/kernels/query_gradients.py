@@ -22,7 +22,7 @@ from .primitives import (
     visible,
 )
 from .row_terms import row_of_record
-from .sequences import clear_rest, place_tile
+from .sequences import clear_rest, place_tile, placed
 from .spans import key_tiles, nth_tile
 
 
@@ -99,7 +99,7 @@ def query_gradients_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     if dalpha is not None:
         dalpha_acc = tl.zeros([BLOCK_M], ACC)
-    for PARTIAL in tl.static_range(2):
+    for PARTIAL in tl.static_range(1, -1, -1):
         for t in range(n_partial if PARTIAL else n_full):
             start_k = nth_tile(tiles, lists, t, PARTIAL) * BLOCK_N
             first_key = place.key + start_k
@@ -167,13 +167,15 @@ def query_gradients(
         shape = (arguments.records(problem), problem.heads_q, problem.seqlen_q)
         dalpha = rows.delta.new_empty(shape)
     tiles = arguments.tile_count(problem, problem.seqlen_q, tile.block_m)
+    lists = preparation.list_tiles(problem, terms, slots, tile)
+    places = placed(terms.sequences, tiles, tile.block_m, False)
     query_gradients_kernel[(tiles * problem.heads_q,)](
         *arguments.sources(problem, tensors, do, tile),
         None if dq is None else arguments.operand(dq),
         dalpha,
         rows,
-        *terms.flat(),
-        preparation.list_tiles(problem, terms, slots, tile),
+        *terms._replace(sequences=places).flat(),
+        lists,
         arguments.number(problem, problem.softmax_scale),
         problem.heads_q,
         problem.group,

@@ -30,16 +30,16 @@ def place_tile(
         tile = nth % tiles
         exists = True
     else:
-        b = tl.arange(0, sequences.largest)
-        cu = sequences.cu_k if OF_KEYS else sequences.cu_q
-        present = b < sequences.count
-        first = tl.load(cu + b, mask=present, other=0) // BLOCK + b
-        sequence = tl.sum((present & (first <= nth)).to(tl.int32), 0) - 1
-        sequence = uniform(sequence)
-        row = uniform(tl.load(sequences.cu_q + sequence))
-        key = uniform(tl.load(sequences.cu_k + sequence))
-        seqlen_q = uniform(tl.load(sequences.cu_q + sequence + 1)) - row
-        seqlen_k = uniform(tl.load(sequences.cu_k + sequence + 1)) - key
+        if sequences.placed:
+            entry = sequences.places + nth * 8
+            sequence = uniform(tl.load(entry))
+            tile = uniform(tl.load(entry + 1))
+            row = uniform(tl.load(entry + 2))
+            key = uniform(tl.load(entry + 3))
+            seqlen_q = uniform(tl.load(entry + 4))
+            seqlen_k = uniform(tl.load(entry + 5))
+        else:
+            sequence, tile, row, key, seqlen_q, seqlen_k = _search(sequences, nth, BLOCK, OF_KEYS)
         place = Place(
             0,
             row,
@@ -48,9 +48,49 @@ def place_tile(
             (key // _RECORD + sequence) * _RECORD,
             row // KEPT_ROWS + sequence,
         )
-        tile = nth - ((key if OF_KEYS else row) // BLOCK + sequence)
         exists = tile * BLOCK < (seqlen_k if OF_KEYS else seqlen_q)
     return place, seqlen_q, seqlen_k, tile, exists
+
+
+@triton.jit
+def _search(sequences, nth, BLOCK: tl.constexpr, OF_KEYS: tl.constexpr):
+    """The sequence that owns the nth tile, the tile's number in it, and what `Place` holds."""
+    b = tl.arange(0, sequences.largest)
+    cu = sequences.cu_k if OF_KEYS else sequences.cu_q
+    present = b < sequences.count
+    first = tl.load(cu + b, mask=present, other=0) // BLOCK + b
+    sequence = uniform(tl.sum((present & (first <= nth)).to(tl.int32), 0) - 1)
+    row = uniform(tl.load(sequences.cu_q + sequence))
+    key = uniform(tl.load(sequences.cu_k + sequence))
+    seqlen_q = uniform(tl.load(sequences.cu_q + sequence + 1)) - row
+    seqlen_k = uniform(tl.load(sequences.cu_k + sequence + 1)) - key
+    tile = nth - ((key if OF_KEYS else row) // BLOCK + sequence)
+    return sequence, tile, row, key, seqlen_q, seqlen_k
+
+
+@triton.jit
+def place_tiles_kernel(places, sequences, BLOCK: tl.constexpr, OF_KEYS: tl.constexpr):
+    """Write down what every tile's programs would search for; grid tiles."""
+    nth = tl.program_id(0)
+    sequence, tile, row, key, seqlen_q, seqlen_k = _search(sequences, nth, BLOCK, OF_KEYS)
+    entry = places + nth * 8
+    tl.store(entry, sequence)
+    tl.store(entry + 1, tile)
+    tl.store(entry + 2, row)
+    tl.store(entry + 3, key)
+    tl.store(entry + 4, seqlen_q)
+    tl.store(entry + 5, seqlen_k)
+
+
+def placed(sequences: Sequences | None, tiles: int, size: int, of_keys: bool) -> Sequences | None:
+    """The sequences with the places of their `tiles` tiles of `size` rows or keys written down, as
+    pays where every head asks.
+    """
+    if sequences is None:
+        return None
+    places = sequences.cu_q.new_empty((tiles, 8))
+    place_tiles_kernel[(tiles,)](places, sequences, BLOCK=size, OF_KEYS=of_keys, num_warps=1)
+    return sequences._replace(places=places, placed=tl.constexpr(True))
 
 
 @triton.jit(do_not_specialize=["length", "heads"])
@@ -64,6 +104,7 @@ def record_kernel(
     heads,
     blocks,
     sequences,
+    FACTOR: tl.constexpr,
     OF_KEYS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -80,13 +121,18 @@ def record_kernel(
     base = x + tl.cast(b, tl.int64) * batch + tl.cast(plane % heads, tl.int64) * head
     value = tl.load(base + (first + at).to(tl.int64) * step, mask=at < limit, other=0.0)
     target = record + tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(target, value.to(record.dtype.element_ty))
+    tl.store(target, value.to(record.dtype.element_ty) * FACTOR)
 
 
 def record(
-    problem: AttentionProblem, x: Tensor, sequences: Sequences | None, of_keys: bool
+    problem: AttentionProblem,
+    x: Tensor,
+    sequences: Sequences | None,
+    of_keys: bool,
+    factor: float = 1.0,
 ) -> Tensor:
-    """x `[B, H, S]`, any strides, as a record in the dtype of lse: `[B, H, padded]`, contiguous.
+    """factor * x `[B, H, S]`, any strides, as a record in the dtype of lse: `[B, H, padded]`,
+    contiguous.
 
     A last dim of size 1 stands for every row or key.
     """
@@ -105,6 +151,7 @@ def record(
         x.shape[1],
         blocks,
         sequences,
+        FACTOR=factor,
         OF_KEYS=of_keys,
         BLOCK=RECORD_BLOCK,
     )

@@ -14,15 +14,7 @@ import triton.language as tl
 
 from .arguments import Bounds, Place
 from .packing import EMPTY, FULL
-from .primitives import (
-    ALWAYS,
-    KEPT_KEYS,
-    KEPT_ROWS,
-    NEVER,
-    gate,
-    load_alpha,
-    load_floor,
-)
+from .primitives import ALWAYS, KEPT_KEYS, KEPT_ROWS, NEVER
 from .sequences import place_tile
 
 
@@ -122,37 +114,38 @@ def gate_classes(
     BLOCK_N: tl.constexpr,
     SUB: tl.constexpr,
 ):
-    """(some, all) by V7 alone, of tiles [n]: g is monotone, so that the extrema of delta in a tile
-    bound what a row finds there.
-    """
-    i = tile_q[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-    exists = i < bounds.seqlen_q
-    i = tl.where(exists, i, 0)
-    head = h // gates.heads_per_delta
+    """(some, all) by V7 alone. Tile numbers may be tensors."""
     at = (
         gates.extrema
         + tl.cast(place.batch, tl.int64) * gates.extrema_batch
-        + head * gates.extrema_head
+        + h // gates.heads_per_delta * gates.extrema_head
         + place.key_record // SUB * 2
     )
-    low = tl.full(tile_k.shape, float("inf"), gates.extrema.dtype.element_ty)
-    high = -low
+    low = float("inf")
+    high = float("-inf")
     dirty = tile_k < 0
     for part in tl.static_range((BLOCK_N + SUB - 1) // SUB):
         block = tile_k * BLOCK_N // SUB + part
-        present = (block >= 0) & (block * SUB < bounds.seqlen_k)
+        present = block * SUB < bounds.seqlen_k
         least = tl.load(at + block * 2, mask=present, other=float("inf"))
         greatest = tl.load(at + block * 2 + 1, mask=present, other=float("-inf"))
         dirty = dirty | (least != least)
-        low = tl.minimum(low, least)
-        high = tl.maximum(high, greatest)
-    alpha = load_alpha(gates, place, h, i)
-    floor = load_floor(gates, place, h, i)
-    one, _slope = gate(gates, alpha * low[:, None])
-    other, _slope = gate(gates, alpha * high[:, None])
-    some = tl.max((exists & ~(tl.maximum(one, other) < floor)).to(tl.int32), 1) != 0
-    every = tl.min((~exists | ~(tl.minimum(one, other) < floor)).to(tl.int32), 1) != 0
-    return some | dirty, every | dirty
+        low = tl.minimum(least, low)
+        high = tl.maximum(greatest, high)
+    record = tl.cast(place.batch, tl.int64) * gates.alpha_batch + h * gates.alpha_head
+    at = gates.limits + (record + place.row_record) // KEPT_ROWS * 4
+    some = dirty
+    every = ~dirty
+    for part in tl.static_range(BLOCK_M // KEPT_ROWS):
+        row = tile_q * (BLOCK_M // KEPT_ROWS) + part
+        present = row * KEPT_ROWS < bounds.seqlen_q
+        some_up = tl.load(at + row * 4, mask=present, other=float("inf"))
+        some_down = tl.load(at + row * 4 + 1, mask=present, other=float("-inf"))
+        all_up = tl.load(at + row * 4 + 2, mask=present, other=float("-inf"))
+        all_down = tl.load(at + row * 4 + 3, mask=present, other=float("inf"))
+        some = some | (high >= some_up) | (low <= some_down)
+        every = every & (low >= all_up) & (high <= all_down)
+    return some, every
 
 
 @triton.jit(do_not_specialize=[*Bounds._fields, "heads", "heads_per_list"])
@@ -212,8 +205,6 @@ def list_tiles_kernel(
             tile_q, tile_k, place, h, bounds, mask, blocks, ranges, BLOCK_M, BLOCK_N, SUB
         )
         if gates is not None:
-            tile_q += other * 0
-            tile_k += other * 0
             any_, all_ = gate_classes(
                 tile_q, tile_k, place, h, bounds, gates, BLOCK_M, BLOCK_N, SUB
             )

@@ -67,6 +67,8 @@ def tile(kernel: str, problem: AttentionProblem, gathered: bool = False) -> Tile
     """The tile of a kernel for a problem, over all keys or over gathered ones."""
     unfit = set() if gathered else {"gathered"}
     light = {"causal", "window", "sinks"} | ({"mask", "intervals"} if gathered else set())
+    if kernel == "forward":
+        light |= {"gate", "gate_threshold", "softmax_threshold", "block_map"}
     if not problem.terms() <= light:
         unfit.add("bare")
     if problem.bias is not None and 1 not in problem.bias[2:] and problem.bias_dtype.itemsize == 4:

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from flash_sparse_attn.backends.triton.kernels import decode as kernels
+from flash_sparse_attn.reference.cached import sequence_terms
 from torch import Tensor
 
 from flash_sparse_attn import reference, reference_backend
-from flash_sparse_attn.reference.cached import sequence_terms
 from flash_sparse_attn.problem import KEPT_BLOCK, AttentionOptions, AttentionProblem, Form, Gate
 from flash_sparse_attn.tensors import AttentionTensors
 from flash_sparse_attn.validation import describe
@@ -70,7 +70,7 @@ class CacheCall:
         found += _difference("lse", lse, want_lse, min(LSE_TOLERANCE, TOLERANCE[dtype]))
         if not (o.is_contiguous() and lse.is_contiguous()):
             found.append("outputs are not contiguous")
-        if o.dtype != dtype or lse.dtype != want_lse.dtype and dtype == torch.float64:
+        if o.dtype != dtype or (lse.dtype != want_lse.dtype and dtype == torch.float64):
             found.append(f"dtypes {o.dtype}, {lse.dtype}")
         return found
 

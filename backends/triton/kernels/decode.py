@@ -1,0 +1,266 @@
+"""Decoding: attention of a few rows over a cache (V6), by splits of the keys.
+
+Memory bounds it: every key and value is read once, by programs that share it out among all
+multiprocessors, whatever the batch. How many splits there are follows from sizes alone, what each
+of them reads from lengths, pages and lists on the device, so that a captured graph stays valid.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from flash_sparse_attn.problem import KEPT_BLOCK, AttentionProblem
+from flash_sparse_attn.tensors import AttentionTensors
+
+from . import arguments, decode_arguments, tuning
+from .decode_arguments import Sizes
+from .decode_kernels import attend_kernel, highest_gates_kernel, merge_kernel
+from .decode_lists import once
+from .decode_threshold import WORD_KEYS, kept_kernel, scores_kernel
+from .sizes import ceil_div, power_of_2
+from .tuning import Tile
+
+FEWEST_ROWS = 16
+"""Of a tile: what the matrix units take."""
+FEWEST_KEYS = 32
+"""Of a tile cut down so that pages are made of whole ones."""
+EVEN = 0.95
+"""Share of the best use of the multiprocessors that is good enough for fewer splits."""
+REPEATS_TESTED = 1024
+"""Longest lists whose keys a tile compares with all before them; longer ones are rid of repeats
+first, by a kernel.
+"""
+MERGED_COLUMNS = 64
+MERGED_ELEMENTS = 4096
+"""Columns of a program that merges splits, and elements that it loads at a time."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call is cut into programs.
+
+    Attributes:
+        tile: launch parameters; `block_m` is the most rows, (i, g), of a tile, and `block_n` keys
+            are whole blocks of T1, where that drops.
+        splits: shares of the keys of a sequence.
+        repeats_tested: whether tiles look for repeated keys of a list themselves.
+    """
+
+    tile: Tile
+    splits: int
+    repeats_tested: bool
+
+    def rows(self, problem: AttentionProblem) -> tuple[int, int]:
+        """Rows and query heads of a tile, powers of two; rows in whole blocks of T1, if they fill
+        one.
+        """
+        heads = min(power_of_2(problem.group), self.tile.block_m)
+        rows = max(self.tile.block_m // heads, KEPT_BLOCK[0])
+        rows = min(rows, power_of_2(problem.seqlen_q))
+        heads = min(heads, max(1, self.tile.block_m // rows))
+        return rows, max(heads, FEWEST_ROWS // rows)
+
+    def sizes(self, problem: AttentionProblem) -> Sizes:
+        """What kernels are told of the cut."""
+        rows, heads = self.rows(problem)
+        tiles = ceil_div(problem.seqlen_q, rows), ceil_div(problem.group, heads)
+        return Sizes(problem.heads_kv, problem.group, *tiles, self.splits)
+
+    def programs(self, problem: AttentionProblem) -> int:
+        """Programs of a kernel that works on splits."""
+        sizes = self.sizes(problem)
+        return problem.batch * sizes.heads_kv * sizes.tiles_i * sizes.tiles_g * sizes.splits
+
+
+def plan(problem: AttentionProblem, tensors: AttentionTensors) -> Plan:
+    """The cut of a call, from metadata alone."""
+    lists = tensors.key_indices
+    tile = tuning.decode_tile(problem, scattered=False)
+    if tensors.page_table is not None:
+        page = tensors.k.shape[1]
+        piece = page & -page  # the greatest power of two in it
+        if piece >= FEWEST_KEYS:
+            tile = replace(tile, block_n=min(tile.block_n, piece))
+    if scattered(tensors, tile.block_n):
+        tile = tuning.decode_tile(problem, scattered=True)
+    tested = lists is not None and lists.shape[2] <= REPEATS_TESTED
+    whole = Plan(tile, 1, tested)
+    keys = problem.seqlen_k if lists is None else lists.shape[2]
+    slots = tuning.decode_slots(problem, tile, tensors.q.device)
+    return replace(
+        whole, splits=_splits(whole.programs(problem), slots, ceil_div(keys, tile.block_n))
+    )
+
+
+def scattered(tensors: AttentionTensors, keys: int) -> bool:
+    """Whether tiles of `keys` keys are not one piece of the cache."""
+    paged = tensors.page_table is not None
+    return tensors.key_indices is not None or (paged and tensors.k.shape[1] % keys != 0)
+
+
+@functools.lru_cache(maxsize=1024)
+def _splits(programs: int, slots: int, most: int) -> int:
+    """The fewest splits that use the slots about as evenly as the best number of them does.
+
+    Programs come in waves of `slots`; the last wave leaves slots idle.
+    """
+    most = max(1, min(most, slots))
+    if programs >= slots:
+        return 1
+
+    def use(splits: int) -> float:
+        waves = programs * splits / slots
+        return waves / -(-waves // 1)
+
+    best = max(use(splits) for splits in range(1, most + 1))
+    return next(splits for splits in range(1, most + 1) if use(splits) >= EVEN * best)
+
+
+def decode(
+    problem: AttentionProblem, tensors: AttentionTensors, cut: Plan | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`(o, lse, kept)` by O1, O2 and T1 in the cache form.
+
+    Args:
+        problem: in the cache form.
+        tensors: of the call.
+        cut: how to cut it into programs; default `plan(problem, tensors)`.
+
+    Returns:
+        o `[B, Sq, Hq, Dv]` in the dtype of q, lse `[B, Hq, Sq]` in float32 (float64 for float64),
+        both contiguous; kept int32 of `problem.kept_shape`, None without a softmax threshold. With
+        key lists nothing is dropped, as T1 allows.
+    """
+    q = tensors.q
+    wide = arguments.sum_dtype(problem)
+    rows = (problem.batch, problem.heads_q, problem.seqlen_q)
+    o = q.new_empty((problem.batch, problem.seqlen_q, problem.heads_q, problem.head_dim_v))
+    lse = q.new_empty(rows, dtype=wide)
+    drops = problem.softmax_threshold > 0 and tensors.key_indices is None
+    kept = None
+    if drops:
+        kept = q.new_empty(problem.kept_shape, dtype=torch.int32)
+    elif problem.softmax_threshold > 0:
+        kept = q.new_full(problem.kept_shape, -1, dtype=torch.int32)
+    if lse.numel() == 0:
+        return o, lse, kept
+
+    cut = cut or plan(problem, tensors)
+    parts, part_lse = o, lse
+    if cut.splits > 1:
+        parts = q.new_empty((*o.shape[:3], cut.splits, problem.head_dim_v), dtype=wide)
+        part_lse = q.new_empty((*rows, cut.splits), dtype=wide)
+    call = _Call(problem, tensors, cut)
+    highest = call.highest_gates() if problem.gate_threshold > 0 else None
+    if drops:
+        call.attend_to_kept(parts, part_lse, kept, highest)
+    else:
+        call.attend(parts, part_lse, highest)
+    if cut.splits > 1:
+        _merge(problem, parts, part_lse, o, lse)
+    return o, lse, kept
+
+
+class _Call:
+    """The launches of one call; splits are those of its plan throughout."""
+
+    def __init__(self, problem: AttentionProblem, tensors: AttentionTensors, cut: Plan) -> None:
+        self.problem, self.tensors, self.cut = problem, tensors, cut
+        self.grid = (cut.programs(problem),)
+        self.bounds = decode_arguments.decode_bounds(problem)
+        self.terms = decode_arguments.terms(problem, tensors)
+        self.sizes = cut.sizes(problem)
+        self.lengths = decode_arguments.lengths(tensors)
+        self.pages = decode_arguments.pages(tensors)
+        lists = tensors.key_indices
+        if lists is not None and not cut.repeats_tested:
+            lists = once(problem, tensors)
+        self.listed = decode_arguments.listed(lists, cut.repeats_tested)
+        rows, heads = cut.rows(problem)
+        self.tile = {
+            "BLOCK_I": rows,
+            "BLOCK_G": heads,
+            "BLOCK_N": cut.tile.block_n,
+            "ACC": arguments.accumulator(problem),
+            "num_warps": cut.tile.warps,
+            "num_stages": cut.tile.stages,
+        }
+        self.width = arguments.block_width(problem.head_dim)
+        self.width_v = arguments.block_width(problem.head_dim_v)
+        self.precision = arguments.precision(problem)
+
+    def attend(self, o: Tensor, lse: Tensor, highest: Tensor | None) -> None:
+        """O1 of every split."""
+        k, v = self._cache()
+        attend_kernel[self.grid](
+            arguments.operand(self.tensors.q), k, v, o, lse, highest, self.lengths, self.pages,
+            self.listed, arguments.score(self.problem), *self.bounds, *self.terms, *self.sizes,
+            D=self.problem.head_dim, DV=self.problem.head_dim_v, BLOCK_D=self.width,
+            BLOCK_DV=self.width_v, PRECISION=self.precision, FINAL=self.cut.splits == 1,
+            TMA=isinstance(k, TensorDescriptor),
+            **self.tile,
+        )  # fmt: skip
+
+    def highest_gates(self) -> Tensor:
+        """V7: the largest gate of each row in each split."""
+        rows = (self.problem.batch, self.problem.heads_q, self.problem.seqlen_q, self.cut.splits)
+        highest = self.tensors.q.new_empty(rows, dtype=arguments.sum_dtype(self.problem))
+        highest_gates_kernel[self.grid](
+            highest, self.lengths, self.listed, *self.bounds, *self.terms, *self.sizes,
+            **self.tile,
+        )  # fmt: skip
+        return highest
+
+    def attend_to_kept(self, o: Tensor, lse: Tensor, kept: Tensor, highest: Tensor | None) -> None:
+        """T1: O1 of every split over the blocks kept, and which they are."""
+        problem, q = self.problem, self.tensors.q
+        wide = arguments.sum_dtype(problem)
+        rows = (problem.batch, problem.heads_q, problem.seqlen_q)
+        pairs = q.new_empty((*rows, problem.seqlen_k), dtype=wide)
+        score_lse = q.new_empty((*rows, self.cut.splits), dtype=wide)
+        counts = q.new_empty((*rows, self.cut.splits), dtype=torch.int32)
+        k, v = self._cache()
+        tma = isinstance(k, TensorDescriptor)
+        common = {**self.tile, "PRECISION": self.precision, "TMA": tma}
+        scores_kernel[self.grid](
+            arguments.operand(q), k, pairs, score_lse, counts, highest, self.lengths, self.pages,
+            arguments.score(problem), *self.bounds, *self.terms, *self.sizes,
+            D=problem.head_dim, BLOCK_D=self.width, **common,
+        )  # fmt: skip
+        kept_kernel[self.grid](
+            pairs, v, o, lse, kept, score_lse, counts, self.lengths, self.pages,
+            arguments.number(problem, problem.softmax_threshold), kept.shape[3], *self.bounds,
+            *self.sizes, DV=problem.head_dim_v, BLOCK_DV=self.width_v,
+            TILES=WORD_KEYS // self.cut.tile.block_n,
+            FINAL=self.cut.splits == 1, **common,
+        )  # fmt: skip
+
+    def _cache(self) -> tuple:
+        """k and v as tiles of keys are read from them: by the copy engine, or by pointers."""
+        tile, tensors = self.cut.tile, self.tensors
+        widths = ((tensors.k, self.width), (tensors.v, self.width_v))
+        if tile.tma and not scattered(tensors, tile.block_n):
+            found = tuple(arguments.source(x, tile.block_n, width, True) for x, width in widths)
+            if all(isinstance(x, TensorDescriptor) for x in found):
+                return found
+        return arguments.operand(tensors.k), arguments.operand(tensors.v)
+
+
+def _merge(
+    problem: AttentionProblem, parts: Tensor, part_lse: Tensor, o: Tensor, lse: Tensor
+) -> None:
+    """o and lse from those of the splits."""
+    splits = part_lse.shape[3]
+    columns = min(power_of_2(problem.head_dim_v), MERGED_COLUMNS)
+    rows = lse.numel()
+    merge_kernel[(rows * ceil_div(problem.head_dim_v, columns),)](
+        parts, part_lse, o, lse, rows, problem.heads_q, problem.seqlen_q, splits,
+        DV=problem.head_dim_v, BLOCK_C=columns,
+        BLOCK_S=min(power_of_2(splits), MERGED_ELEMENTS // columns),
+        MOST_SPLITS=power_of_2(splits),
+    )  # fmt: skip
