@@ -92,8 +92,11 @@ def plan(problem: AttentionProblem, tensors: AttentionTensors) -> Plan:
     whole = Plan(tile, 1, tested)
     keys = problem.seqlen_k if lists is None else lists.shape[2]
     slots = tuning.decode_slots(problem, tile, tensors.q.device)
+    programs = whole.programs(problem)
+    while lists is not None and tile.block_n > 16 and programs * keys < slots * tile.block_n:
+        tile = replace(tile, block_n=tile.block_n // 2)  # a short list, on more programs
     return replace(
-        whole, splits=_splits(whole.programs(problem), slots, ceil_div(keys, tile.block_n))
+        whole, tile=tile, splits=_splits(programs, slots, ceil_div(keys, tile.block_n))
     )
 
 

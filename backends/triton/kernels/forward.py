@@ -28,7 +28,7 @@ from .primitives import (
     visible,
 )
 from .sequences import clear_rest, place_tile, placed
-from .spans import key_tiles, nth_of_span, nth_tile
+from .spans import following_tile, key_tiles, nth_of_span, nth_tile
 
 
 @triton.jit(do_not_specialize=[*Bounds._fields, "heads_q", "group", "tiles_q"])
@@ -102,6 +102,7 @@ def forward_kernel(
     # A span is short: one loop, which decides in passing whether a tile is full, fills the pipeline
     # once. (Long rows of full tiles are better off without the test.)
     SPAN: tl.constexpr = lists is not None and lists.spans
+    LISTED: tl.constexpr = lists is not None and not lists.spans
     # The order of the loops decides whether registers suffice and products stay asynchronous.
     FULL_FIRST: tl.constexpr = not SPAN and (RAW or gates is not None)
     for PARTIAL in tl.static_range(
@@ -110,9 +111,14 @@ def forward_kernel(
         n_tiles = n_partial if PARTIAL else n_full
         if SPAN:
             n_tiles = n_full + n_partial
+        if LISTED:
+            upcoming = nth_tile(tiles, lists, 0, PARTIAL)
         for t in range(n_tiles):
             if SPAN:
                 tile_k, hides = nth_of_span(tiles, t)
+            elif LISTED:
+                tile_k = upcoming
+                upcoming = following_tile(tiles, lists, t, n_tiles, PARTIAL)
             else:
                 tile_k = nth_tile(tiles, lists, t, PARTIAL)
             start_k = tile_k * BLOCK_N

@@ -250,11 +250,25 @@ def gates(
     )
     if problem.gate_threshold == 0:
         return made
+    return _with_extrema(problem, made, sequences, block)
+
+
+def extrema(problem: AttentionProblem, terms: Terms) -> Gates:
+    """The gates of the terms with the extrema of delta, which V7 already has."""
+    if problem.gate_threshold > 0:
+        return terms.gates
+    return _with_extrema(problem, terms.gates, terms.sequences, terms.block)
+
+
+def _with_extrema(
+    problem: AttentionProblem, made: Gates, sequences: Sequences | None, block: int
+) -> Gates:
+    delta = made.delta
     blocks = delta.shape[2] // block
-    extrema = delta.new_empty((*delta.shape[:2], blocks, 2))
+    found = delta.new_empty((*delta.shape[:2], blocks, 2))
     delta_extrema_kernel[(delta.shape[0] * delta.shape[1] * blocks,)](
         delta,
-        extrema,
+        found,
         problem.seqlen_q,
         problem.seqlen_k,
         sequences,
@@ -263,8 +277,8 @@ def gates(
         SUB=block,
         RECORD=RECORD_BLOCK,
     )
-    strides = broadcast_strides(extrema)[:2]
-    return made._replace(extrema=extrema, extrema_batch=strides[0], extrema_head=strides[1])
+    strides = broadcast_strides(found)[:2]
+    return made._replace(extrema=found, extrema_batch=strides[0], extrema_head=strides[1])
 
 
 def prune(problem: AttentionProblem, terms: Terms, lists: TileLists | None, tile: Tile) -> Gates:

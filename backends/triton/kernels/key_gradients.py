@@ -26,7 +26,7 @@ from .primitives import (
 from .row_terms import row_of_record
 from .sequences import clear_rest, place_tile, placed
 from .slot_sums import part_of_plane
-from .spans import listed_tiles, nth_tile, query_tile_span, slot_tile_span
+from .spans import following_tile, listed_tiles, nth_tile, query_tile_span, slot_tile_span
 
 
 @triton.jit(do_not_specialize=[*Bounds._fields, "heads_kv", "n_parts"])
@@ -129,6 +129,7 @@ def key_gradients_kernel(
     elif lists is None:
         span = query_tile_span(bounds, start_k, BLOCK_M, BLOCK_N)
 
+    LISTED: tl.constexpr = lists is not None
     for g in range(GROUP):
         h = n * GROUP + g
         row_base = row_of_record(tl.cast(place.batch, tl.int64) * heads_kv * GROUP + h, rows)
@@ -149,8 +150,15 @@ def key_gradients_kernel(
             if slots is not None:
                 first = n_tiles * share // shares
                 n_tiles = n_tiles * (share + 1) // shares
+            if LISTED:
+                upcoming = nth_tile(tiles, lists, 0, PARTIAL)
             for t in range(first, n_tiles):
-                start_q = nth_tile(tiles, lists, t, PARTIAL) * BLOCK_M
+                if LISTED:
+                    tile_q = upcoming
+                    upcoming = following_tile(tiles, lists, t, n_tiles, PARTIAL)
+                else:
+                    tile_q = nth_tile(tiles, lists, t, PARTIAL)
+                start_q = tile_q * BLOCK_M
                 first_row = place.row + start_q
                 i = start_q + tl.arange(0, BLOCK_M)
                 q_tile = load_tile(

@@ -23,7 +23,7 @@ from .primitives import (
 )
 from .row_terms import row_of_record
 from .sequences import clear_rest, place_tile, placed
-from .spans import key_tiles, nth_tile
+from .spans import following_tile, key_tiles, nth_tile
 
 
 @triton.jit(do_not_specialize=[*Bounds._fields, "heads_q", "group", "tiles_q"])
@@ -95,13 +95,22 @@ def query_gradients_kernel(
     alpha = None
     if gates is not None:
         alpha = load_alpha(gates, place, h, i)[:, None]
+    LISTED: tl.constexpr = lists is not None and not lists.spans
     if dq is not None:
         acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     if dalpha is not None:
         dalpha_acc = tl.zeros([BLOCK_M], ACC)
     for PARTIAL in tl.static_range(1, -1, -1):
-        for t in range(n_partial if PARTIAL else n_full):
-            start_k = nth_tile(tiles, lists, t, PARTIAL) * BLOCK_N
+        n_tiles = n_partial if PARTIAL else n_full
+        if LISTED:
+            upcoming = nth_tile(tiles, lists, 0, PARTIAL)
+        for t in range(n_tiles):
+            if LISTED:
+                tile_k = upcoming
+                upcoming = following_tile(tiles, lists, t, n_tiles, PARTIAL)
+            else:
+                tile_k = nth_tile(tiles, lists, t, PARTIAL)
+            start_k = tile_k * BLOCK_N
             first_key = place.key + start_k
             j = start_k + tl.arange(0, BLOCK_N)
             k_tile = load_tile(

@@ -1,14 +1,17 @@
 """The softmax threshold (T1): which blocks are kept, decided before anything is summed up.
 
-Two kernels form scores and no output. The first visits, for each query tile, the tiles that are
-likely to hold much, those on the diagonal and the first keys, and a sample of the others; the sum
-of their exponentials is a lower bound of the final one, and so is what the threshold allows against
-it. Where the sample shows that much can be dropped, the second kernel compares every tile with that
-bound; elsewhere every tile is kept, and the sample is all that the threshold costs. Forward and
-backward then visit what was kept.
+Two bounds meet. From below, the sum of a row's exponentials over the tiles that are likely to hold
+much, those on the diagonal and the first keys: T1 lets go what is small against the final sum, all
+the more what is small against a part of it. From above, the greatest score that a row can have with
+a block of keys: the product is largest where every coordinate of the key is the block's greatest or
+least, as q's sign has it (the bound by which Quest selects pages, arXiv 2406.10774). It costs two
+products with one row a block instead of one with each key. Forward and backward then visit what was
+kept.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,12 +20,14 @@ import triton.language as tl
 from flash_sparse_attn.problem import AttentionProblem
 from flash_sparse_attn.tensors import AttentionTensors
 
-from . import arguments, preparation, tuning
-from .arguments import Bounds, Terms
+from . import arguments, gates, preparation, tuning
+from .arguments import RECORD_BLOCK, Bounds, Terms
 from .blocks import of_kept
 from .primitives import (
     KEPT_KEYS,
     KEPT_ROWS,
+    LOG2E,
+    gate,
     load_alpha,
     load_bias,
     load_delta,
@@ -34,9 +39,65 @@ from .primitives import (
 from .sequences import place_tile, placed
 from .spans import key_tiles, nth_tile
 
-SAMPLE = 32
-"""One in so many full tiles is looked at before all are."""
+BOXES = 64
+"""Blocks of keys that a program compares with its rows at a time."""
 _SCALARS = [*Bounds._fields, "heads_q", "group", "tiles_q"]
+
+
+class Boxes(NamedTuple):
+    """What bounds the scores of a block of keys, by block of the record axis."""
+
+    low: torch.Tensor
+    """`[B, Hkv, blocks, D]`: the least coordinates."""
+    high: torch.Tensor
+    bias: torch.Tensor
+    """`[B, Hq, blocks]`: the greatest bias (S4), 0 without one of keys."""
+    batch: int
+    """In blocks, as `head`; strides of low and high are D times these."""
+    head: int
+    bias_batch: int
+    bias_head: int
+    biased: Any
+
+
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "heads_kv", "blocks"])
+def key_boxes_kernel(
+    k,
+    low,
+    high,
+    seqlen_q,
+    seqlen_k,
+    sequences,
+    heads_kv,
+    blocks,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SUB: tl.constexpr,
+    RECORD: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Least and greatest coordinates of a block of keys; grid batch * kv heads * blocks."""
+    block = tl.program_id(0) % blocks
+    plane = tl.program_id(0) // blocks
+    n = plane % heads_kv
+    nth = block * SUB // RECORD
+    if sequences is None:
+        nth += plane // heads_kv * (blocks * SUB // RECORD)
+    place, _, n_k, tile, _exists = place_tile(
+        seqlen_q, seqlen_k, sequences, nth, blocks * SUB // RECORD, RECORD, True
+    )
+    start_k = tile * RECORD + block * SUB % RECORD
+    exists = (start_k + tl.arange(0, SUB) < n_k)[:, None]
+    tile_k = load_tile(
+        k, place.batch, n, place.key + start_k, place.key + n_k, SUB, D, BLOCK_D, True, False
+    ).to(ACC)
+    least = tl.reduce(tl.where(exists, tile_k, float("inf")), 0, _minimum)
+    greatest = tl.reduce(tl.where(exists, tile_k, float("-inf")), 0, _maximum)
+    column = tl.arange(0, BLOCK_D)
+    target = tl.program_id(0).to(tl.int64) * BLOCK_D + column
+    some = (start_k < n_k) & (column < D)
+    tl.store(low + target, tl.where(some, least, 0.0).to(low.dtype.element_ty))
+    tl.store(high + target, tl.where(some, greatest, 0.0).to(high.dtype.element_ty))
 
 
 @triton.jit
@@ -45,75 +106,15 @@ def _maximum(x, y):
 
 
 @triton.jit
-def _tile_scores(
-    q_tile,
-    k,
-    tile_k,
-    place,
-    h,
-    group,
-    start_q,
-    bounds,
-    score,
-    gates,
-    bias,
-    mask,
-    blocks,
-    ranges,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PARTIAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """Scores of a tile in base 2, -inf where not visible (N2)."""
-    start_k = tile_k * BLOCK_N
-    i = start_q + tl.arange(0, BLOCK_M)
-    j = start_k + tl.arange(0, BLOCK_N)
-    end_key = place.key + bounds.seqlen_k
-    k_tile = load_tile(
-        k, place.batch, h // group, place.key + start_k, end_key, BLOCK_N, D, BLOCK_D,
-        PARTIAL, False,
-    )  # fmt: skip
-    x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=ACC)
-    alpha = None
-    delta = None
-    bias_tile = None
-    if gates is not None:
-        alpha = load_alpha(gates, place, h, i)[:, None]
-        delta = load_delta(gates, place, h, j)[None, :]
-    if bias is not None:
-        bias_tile = load_bias(bias, place, h, i[:, None], j[None, :], bounds)
-    x, _, gated, _ = scores(x, score, gates, alpha, delta, bias_tile)
-    if PARTIAL:
-        keep = visible(
-            place, h, start_q, start_k, bounds, mask, blocks, ranges, BLOCK_M, BLOCK_N, False
-        )
-        if gates is not None:
-            keep = unpruned(keep, gated, gates, place, h, i[:, None])
-        x = tl.where(keep, x, float("-inf"))
-    return x
-
-
-@triton.jit
-def _all_spare(x, level, exists):
-    """Whether every score of a tile is below its row's level.
-
-    Rows that see nothing here, or do not exist, have no say; one with a NaN objects.
-    """
-    largest = tl.reduce(x, 1, _maximum)
-    spare = (largest < level) | (largest == float("-inf")) | ~exists
-    return tl.min(spare.to(tl.int32), 0)
+def _minimum(x, y):
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit(do_not_specialize=_SCALARS)
-def sample_scores_kernel(
+def row_levels_kernel(
     q,
     k,
     level,
-    worthwhile,
     seqlen_q,
     seqlen_k,
     left,
@@ -139,14 +140,12 @@ def sample_scores_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
-    SAMPLE: tl.constexpr,
 ):
-    """Of each row the score below which T1 lets an element go, a record; of each query tile whether
-    most of the sampled tiles would. Grid as the forward's.
+    """The score in base 2 below which T1 lets an element of a row go, a record; grid as the
+    forward's.
     """
     h = tl.program_id(0) % heads_q
     nth = tl.program_id(0) // heads_q
-    nth = nth // tiles_q * tiles_q + (tiles_q - 1 - nth % tiles_q)
     place, n_q, n_k, tile_q, exists = place_tile(
         seqlen_q, seqlen_k, sequences, nth, tiles_q, BLOCK_M, False
     )
@@ -163,41 +162,54 @@ def sample_scores_kernel(
         q, place.batch, h, place.row + start_q, place.row + bounds.seqlen_q, BLOCK_M, D, BLOCK_D,
         True, False,
     )  # fmt: skip
-    # The keys of the tiles visited are no fewer than those that a row sees.
-    n = tl.minimum((n_full + n_partial) * BLOCK_N, bounds.seqlen_k)
-    share = tl.log2(threshold / tl.maximum(n, 1).to(tl.float32))
+    alpha = None
+    if gates is not None:
+        alpha = load_alpha(gates, place, h, i)[:, None]
     total = tl.zeros([BLOCK_M], ACC)
     peak = tl.full([BLOCK_M], float("-inf"), ACC)
-    n_sample = tl.minimum(n_full, 1 + tl.cdiv(n_full - 1, SAMPLE))
-    n_spare = 0
     for PARTIAL in tl.static_range(1, -1, -1):
-        for t in range(n_partial if PARTIAL else n_sample):
-            # The first keys, then back from the diagonal.
-            at = t if PARTIAL else tl.where(t == 0, 0, n_full - 1 - (t - 1) * SAMPLE)
-            x = _tile_scores(
-                q_tile, k, nth_tile(tiles, lists, at, PARTIAL), place, h, group, start_q, bounds,
-                score, gates, bias, mask, blocks, ranges, D, BLOCK_D, BLOCK_M, BLOCK_N, PARTIAL,
-                PRECISION, ACC,
+        for t in range(tl.minimum(n_partial, 4) if PARTIAL else tl.minimum(n_full, 1)):
+            # Of the partial tiles the first, where sinks are, then those from the last back.
+            at = tl.where(t == 0, 0, n_partial - t) if PARTIAL else t
+            start_k = nth_tile(tiles, lists, at, PARTIAL) * BLOCK_N
+            j = start_k + tl.arange(0, BLOCK_N)
+            k_tile = load_tile(
+                k, place.batch, h // group, place.key + start_k, place.key + bounds.seqlen_k,
+                BLOCK_N, D, BLOCK_D, PARTIAL, False,
             )  # fmt: skip
-            if not PARTIAL:
-                known = peak + tl.log2(total) + share
-                n_spare += _all_spare(x, known, i < bounds.seqlen_q)
+            x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=ACC)
+            delta = None
+            bias_tile = None
+            if gates is not None:
+                delta = load_delta(gates, place, h, j)[None, :]
+            if bias is not None:
+                bias_tile = load_bias(bias, place, h, i[:, None], j[None, :], bounds)
+            x, _, gated, _ = scores(x, score, gates, alpha, delta, bias_tile)
+            if PARTIAL:
+                keep = visible(
+                    place, h, start_q, start_k, bounds, mask, blocks, ranges,
+                    BLOCK_M, BLOCK_N, False,
+                )  # fmt: skip
+                if gates is not None:
+                    keep = unpruned(keep, gated, gates, place, h, i[:, None])
+                x = tl.where(keep, x, float("-inf"))  # N2
             new_peak = tl.maximum(peak, tl.max(x, 1))
             shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
             total = total * tl.exp2(peak - shift) + tl.sum(tl.exp2(x - shift[:, None]), 1)
             peak = new_peak
+    # The keys of the tiles that are visited are no fewer than those that a row sees.
+    n = tl.minimum((n_full + n_partial) * BLOCK_N, bounds.seqlen_k)
+    share = tl.log2(threshold / tl.maximum(n, 1).to(tl.float32))
     record = (tl.cast(place.batch, tl.int64) * heads_q + h) * padded + place.row_record + i
     tl.store(level + record, peak + tl.log2(total) + share, mask=i < bounds.seqlen_q)
-    tl.store(worthwhile + tl.program_id(0), ((n_spare > 0) & (n_spare * 2 >= n_sample)).to(tl.int32))
 
 
 @triton.jit(do_not_specialize=_SCALARS)
-def screen_tiles_kernel(
+def screen_boxes_kernel(
     q,
-    k,
+    boxes,
     kept,
     level,
-    worthwhile,
     seqlen_q,
     seqlen_k,
     left,
@@ -211,85 +223,145 @@ def screen_tiles_kernel(
     blocks,
     ranges,
     sequences,
-    lists,
     padded,
+    n_words,
     heads_q,
     group,
     tiles_q,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BOXES: tl.constexpr,
+    SUB: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
+    RISES: tl.constexpr,
 ):
-    """Note every tile that T1 keeps; grid as the forward's."""
+    """Write every word of what T1 keeps for a query tile; grid as the forward's.
+
+    RISES says whether scores rise with the products; else it is the least product that bounds them.
+    """
     h = tl.program_id(0) % heads_q
     nth = tl.program_id(0) // heads_q
-    nth = nth // tiles_q * tiles_q + (tiles_q - 1 - nth % tiles_q)
     place, n_q, n_k, tile_q, exists = place_tile(
         seqlen_q, seqlen_k, sequences, nth, tiles_q, BLOCK_M, False
-    )
-    bounds = Bounds(
-        n_q, n_k, left, right, tl.minimum(left_sinks, n_k), tl.minimum(right_sinks, n_k)
     )
     if not exists:
         return
     start_q = tile_q * BLOCK_M
     i = start_q + tl.arange(0, BLOCK_M)
-    own = nth if sequences is not None else tile_q
-    tiles, n_full, n_partial = key_tiles(bounds, lists, place, h, tile_q, own, BLOCK_M, BLOCK_N)
-    screens = tl.load(worthwhile + tl.program_id(0)) != 0
+    exists = i < n_q
     q_tile = load_tile(
-        q, place.batch, h, place.row + start_q, place.row + bounds.seqlen_q, BLOCK_M, D, BLOCK_D,
-        True, False,
-    )  # fmt: skip
+        q, place.batch, h, place.row + start_q, place.row + n_q, BLOCK_M, D, BLOCK_D, True, False
+    )
+    positive = tl.where(q_tile > 0.0, q_tile, 0.0)
+    negative = tl.where(q_tile > 0.0, 0.0, q_tile)
     record = (tl.cast(place.batch, tl.int64) * heads_q + h) * padded + place.row_record + i
-    row_level = tl.load(level + record, mask=i < bounds.seqlen_q, other=0.0)
-    for PARTIAL in tl.static_range(1, -1, -1):
-        n_tiles = n_partial if PARTIAL else n_full
-        for t in range(tl.where(screens, n_tiles, 0)):
-            tile_k = nth_tile(tiles, lists, t, PARTIAL)
-            x = _tile_scores(
-                q_tile, k, tile_k, place, h, group, start_q, bounds, score, gates, bias, mask,
-                blocks, ranges, D, BLOCK_D, BLOCK_M, BLOCK_N, PARTIAL, PRECISION, ACC,
-            )  # fmt: skip
-            keeps = _all_spare(x, row_level, i < bounds.seqlen_q) == 0
-            _mark_kept(
-                kept, blocks, place, h, start_q, tile_k * BLOCK_N, bounds, keeps, BLOCK_M, BLOCK_N
-            )
-        for t in range(tl.where(screens, 0, n_tiles)):
-            start_k = nth_tile(tiles, lists, t, PARTIAL) * BLOCK_N
-            _mark_kept(kept, blocks, place, h, start_q, start_k, bounds, True, BLOCK_M, BLOCK_N)
+    row_level = tl.load(level + record, mask=exists, other=0.0)
+    # Keys past the last row's (V1, V2) are seen by none.
+    end = n_k
+    if right is not None:
+        end = tl.minimum(n_k, tl.maximum(start_q + BLOCK_M + n_k - n_q + right, right_sinks))
+    first_box = place.key_record // SUB
+    plane = tl.cast(place.batch, tl.int64) * boxes.batch + h // group * boxes.head
+    column = tl.arange(0, BLOCK_D)
+    alpha = None
+    if gates is not None:
+        alpha = load_alpha(gates, place, h, i)[:, None]
+    WORDS: tl.constexpr = BOXES * SUB // (32 * KEPT_KEYS)
+    PER_BOX: tl.constexpr = SUB // KEPT_KEYS
+    for chunk in range(0, tl.cdiv(n_words, WORDS)):
+        nth_box = chunk * BOXES + tl.arange(0, BOXES)
+        has_keys = nth_box * SUB < end
+        keeps = tl.zeros([BOXES], tl.int32)
+        if chunk * BOXES * SUB < end:
+            at = (plane + first_box + nth_box)[:, None] * BLOCK_D + column[None, :]
+            low = tl.load(boxes.low + at, mask=has_keys[:, None], other=0.0)
+            high = tl.load(boxes.high + at, mask=has_keys[:, None], other=0.0)
+            if not RISES:
+                low, high = high, low
+            x = tl.dot(positive, tl.trans(high), input_precision=PRECISION, out_dtype=ACC)
+            x = tl.dot(negative, tl.trans(low), x, input_precision=PRECISION, out_dtype=ACC)
+            x, _, _, _ = scores(x, score, None, None, None, None)
+            if gates is not None:
+                entry = (
+                    gates.extrema
+                    + tl.cast(place.batch, tl.int64) * gates.extrema_batch
+                    + h // gates.heads_per_delta * gates.extrema_head
+                    + (first_box + nth_box) * 2
+                )
+                least = tl.load(entry, mask=has_keys, other=0.0)[None, :]
+                greatest = tl.load(entry + 1, mask=has_keys, other=0.0)[None, :]
+                one, _slope = gate(gates, alpha * least)
+                other, _slope = gate(gates, alpha * greatest)
+                x += tl.maximum(one, other, propagate_nan=tl.PropagateNan.ALL)
+            if boxes.biased:
+                entry = tl.cast(place.batch, tl.int64) * boxes.bias_batch + h * boxes.bias_head
+                x += tl.load(boxes.bias + entry + first_box + nth_box, mask=has_keys, other=0.0)[
+                    None, :
+                ]
+            if bias is not None and not boxes.biased:  # of rows
+                x += load_bias(bias, place, h, i, i, None)[:, None].to(ACC) * LOG2E
+            spare = (x < row_level[:, None]) | ~exists[:, None]
+            keeps = (has_keys & (tl.min(spare.to(tl.int32), 0) == 0)).to(tl.int32)
+        bits = keeps * ((tl.constexpr(1) << PER_BOX) - 1)
+        nth_in_word = tl.arange(0, BOXES) % (BOXES // WORDS) * PER_BOX
+        words = tl.sum(tl.reshape(bits << nth_in_word, [WORDS, BOXES // WORDS]), 1)
+        word = chunk * WORDS + tl.arange(0, WORDS)
+        row = start_q // KEPT_ROWS + tl.arange(0, BLOCK_M // KEPT_ROWS)
+        there = (row * KEPT_ROWS < n_q)[:, None] & (word < n_words)[None, :]
+        row = (place.row_block + row).to(tl.int64)[:, None]
+        words = words[None, :] + tl.zeros([BLOCK_M // KEPT_ROWS, WORDS], tl.int32)
+        if blocks is not None:  # V5
+            entry = tl.cast(place.batch, tl.int64) * blocks.batch
+            entry += tl.cast(h // blocks.heads_per_head, tl.int64) * blocks.head
+            words &= tl.load(blocks.words + entry + row * blocks.row + word[None, :], mask=there)
+        entry = tl.cast(place.batch, tl.int64) * kept.batch + tl.cast(h, tl.int64) * kept.head
+        tl.store(kept.words + entry + row * kept.row + word[None, :], words, mask=there)
 
 
-@triton.jit
-def _mark_kept(
-    kept,
-    blocks,
-    place,
-    h,
-    start_q,
-    start_k,
-    bounds,
-    keeps,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Note that a tile is kept, if it is, as far as V5 shows its blocks."""
-    row = start_q // KEPT_ROWS + tl.arange(0, BLOCK_M // KEPT_ROWS)
-    exists = (row * KEPT_ROWS < bounds.seqlen_q) & keeps
-    row = place.row_block + row
-    word = start_k // (32 * KEPT_KEYS)
-    every: tl.constexpr = (tl.constexpr(1) << BLOCK_N // KEPT_KEYS) - 1
-    bits = tl.full(row.shape, every, tl.int32) << (start_k // KEPT_KEYS % 32)
-    if blocks is not None:
-        base = blocks.words + tl.cast(place.batch, tl.int64) * blocks.batch
-        base += tl.cast(h // blocks.heads_per_head, tl.int64) * blocks.head + word
-        bits &= tl.load(base + row.to(tl.int64) * blocks.row, mask=exists, other=0)
-    base = kept.words + tl.cast(place.batch, tl.int64) * kept.batch
-    base += tl.cast(h, tl.int64) * kept.head + word
-    tl.atomic_or(base + row.to(tl.int64) * kept.row, bits, mask=exists, sem="relaxed")
+def _boxes(problem: AttentionProblem, tensors: AttentionTensors, terms: Terms) -> Boxes:
+    """The boxes of all keys; those of a pair bias are unbounded, so that nothing is dropped."""
+    width = arguments.block_width(problem.head_dim)
+    length = arguments.record_length(problem, problem.seqlen_k)
+    batch, blocks = arguments.records(problem), length // terms.block
+    low, high = (tensors.k.new_empty((batch, problem.heads_kv, blocks, width)) for _ in range(2))
+    key_boxes_kernel[(batch * problem.heads_kv * blocks,)](
+        arguments.operand(tensors.k),
+        low,
+        high,
+        problem.seqlen_q,
+        problem.seqlen_k,
+        terms.sequences,
+        problem.heads_kv,
+        blocks,
+        D=problem.head_dim,
+        BLOCK_D=width,
+        SUB=terms.block,
+        RECORD=RECORD_BLOCK,
+        ACC=arguments.accumulator(problem),
+    )
+    bias, biased = low, False
+    if terms.bias is not None and terms.bias.has_keys.value:
+        biased = True
+        if terms.bias.has_rows.value:
+            bias = low.new_full((1, 1, blocks), torch.inf, dtype=torch.float32)
+        else:
+            bias = terms.bias.pointer.unflatten(2, (blocks, terms.block)).amax(3)
+            bias = bias * arguments.LOG2E
+            bias = bias.repeat_interleave(terms.bias.heads_per_head, 1)
+    strides = (0, 0)
+    if biased:
+        strides = arguments.broadcast_strides(bias)[:2]
+    return Boxes(
+        low,
+        high,
+        bias,
+        0 if batch == 1 else problem.heads_kv * blocks,
+        blocks,
+        *strides,
+        tl.constexpr(biased),
+    )
 
 
 def screen(
@@ -298,47 +370,53 @@ def screen(
     """What is kept (T1), int32 `problem.kept_shape`, and the terms under which only that is
     visited.
     """
-    kept = tensors.q.new_zeros(problem.kept_shape, dtype=torch.int32)
-    tile = tuning.tile("screen_tiles", problem)
+    kept = tensors.q.new_empty(problem.kept_shape, dtype=torch.int32)
+    tile = tuning.tile("forward", problem)
     width = arguments.block_width(problem.head_dim)
     tiles = arguments.tile_count(problem, problem.seqlen_q, tile.block_m)
     padded = arguments.record_length(problem, problem.seqlen_q)
     rows = arguments.records(problem) * problem.heads_q
     level = kept.new_empty(rows * padded, dtype=arguments.sum_dtype(problem))
-    worthwhile = kept.new_empty(tiles * problem.heads_q)
-    operands = (
-        arguments.source(tensors.q, tile.block_m, width, tile.tma),
-        arguments.source(tensors.k, tile.block_n, width, tile.tma),
-    )
     lists = preparation.list_tiles(problem, terms, None, tile)
     places = placed(terms.sequences, tiles, tile.block_m, False)
-    common = (*terms._replace(sequences=places).flat(), lists)
-    sizes = (
-        padded,
-        problem.heads_q,
-        problem.group,
-        tiles // max(arguments.records(problem), 1),
-    )
+    grid = (tiles * problem.heads_q,)
+    q = arguments.source(tensors.q, tile.block_m, width, tile.tma)
+    heads = (problem.heads_q, problem.group, tiles // max(arguments.records(problem), 1))
     constants = {
         "D": problem.head_dim,
         "BLOCK_D": width,
         "PRECISION": arguments.precision(problem),
         "ACC": arguments.accumulator(problem),
-        **tile.options(),
     }
-    grid = (tiles * problem.heads_q,)
-    sample_scores_kernel[grid](
-        *operands,
+    row_levels_kernel[grid](
+        q,
+        arguments.source(tensors.k, tile.block_n, width, tile.tma),
         level,
-        worthwhile,
-        *common,
+        *terms._replace(sequences=places).flat(),
+        lists,
         problem.softmax_threshold,
-        *sizes,
-        SAMPLE=SAMPLE,
+        padded,
+        *heads,
         **constants,
+        **tile.options(),
     )
-    screen_tiles_kernel[grid](
-        *operands, of_kept(kept), level, worthwhile, *common, *sizes, **constants
+    extrema = gates.extrema(problem, terms) if terms.gates is not None else None
+    bounded = terms._replace(gates=extrema, sequences=places)
+    screen_boxes_kernel[grid](
+        q,
+        _boxes(problem, tensors, terms),
+        of_kept(kept),
+        level,
+        *bounded.flat(),
+        padded,
+        kept.shape[3],
+        *heads,
+        **constants,
+        BLOCK_M=tile.block_m,
+        BOXES=BOXES,
+        SUB=terms.block,
+        RISES=problem.softmax_scale >= 0,
+        num_warps=tile.warps,
     )
     if terms.ranges is None:
         ranges, _live = preparation.key_ranges(problem, tensors, terms.sequences, terms.block)

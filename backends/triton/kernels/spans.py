@@ -5,6 +5,8 @@ alone (V1, V2, V6) or from the ranges of slots, or what `tiles` has listed.
 import triton
 import triton.language as tl
 
+from .primitives import uniform
+
 
 @triton.jit
 def key_tile_span(bounds, start_q, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
@@ -171,6 +173,15 @@ def nth_tile(tiles, lists, t, PARTIAL: tl.constexpr):
         else:
             tile_k = full_low + t
     return tile_k
+
+
+@triton.jit
+def following_tile(tiles, lists, t, n_tiles, PARTIAL: tl.constexpr):
+    """The tile after the t-th of n_tiles, the last for the last.
+
+    Loops over lists ask for it one iteration ahead, so that no copy waits for its tile's number.
+    """
+    return uniform(nth_tile(tiles, lists, tl.minimum(t + 1, n_tiles - 1), PARTIAL))
 
 
 @triton.jit
