@@ -83,17 +83,18 @@ def rank_order(scores: Tensor, key_padding_mask: Tensor | None = None) -> Tensor
     return scores.shape[-1] - 1 - order.gather(-1, by_group)
 
 
-def prefix_quantile(sequence: Tensor, n: int) -> Tensor:
+def prefix_quantile(sequence: Tensor, n: int | Tensor) -> Tensor:
     """The n-th smallest (n >= 1) of sequence[..., :r], for every r at once.
 
-    `sequence` [..., S] holds a permutation of 0 .. S - 1; entries r < n of the result mean nothing.
+    `sequence` [..., S] holds a permutation of 0 .. S - 1, n is one for all r or [S], one for each;
+    entries r < n of the result mean nothing.
     A wavelet matrix: from the highest bit to the lowest, each level splits the sequence stably by
     one bit, and every query follows the side that holds its answer. O(S log S) time, O(S) memory.
     """
     length = sequence.shape[-1]
     index = torch.arange(length, device=sequence.device).expand_as(sequence)
     low, high = torch.zeros_like(sequence), index
-    remaining = torch.full_like(sequence, n - 1)
+    remaining = torch.zeros_like(sequence) + (n - 1)
     quantile = torch.zeros_like(sequence)
     for bit in reversed(range(max(length - 1, 0).bit_length())):
         one = (sequence >> bit) & 1
@@ -119,6 +120,7 @@ def topk_intervals(
     window_size: int,
     causal: bool = True,
     key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Intervals:
     """M5: every row keeps the `window_size` best of the keys that it can see.
 
@@ -128,15 +130,17 @@ def topk_intervals(
     Args:
         scores: floating [..., Sk], the same for every row. Equal scores prefer the more recent key;
             NaN is worst.
-        seqlen_q: Sq.
+        seqlen_q: Sq; means nothing with `cu_seqlens`.
         window_size: w; w >= Sk keeps every key.
         causal: row i chooses among the keys j <= p_i; otherwise among all keys.
         key_padding_mask: bool, broadcastable with `scores`; a key that is False takes no part: no
             row sees it and it displaces no other.
+        cu_seqlens: int [sequences + 1], boundaries of packed sequences (V6). Every one chooses by
+            itself, and its rows, as many as keys, are counted inside it.
 
     Returns:
-        (start, end), int32, of the broadcast shape; end = start where no row sees the key. Exact;
-        O(S log S) time and O(S) memory.
+        (start, end), int32, of the broadcast shape; end = start where no row sees the key, 0 of
+        keys in no sequence. Exact; O(S log S) time and O(S) memory.
 
     Raises:
         ValueError: window_size < 1 (E6).
@@ -147,17 +151,39 @@ def topk_intervals(
     if key_padding_mask is not None:
         scores, key_padding_mask = torch.broadcast_tensors(scores, key_padding_mask)
     seqlen_k = scores.shape[-1]
+    rank = torch.arange(seqlen_k, device=scores.device)
 
-    order = rank_order(scores, key_padding_mask)
-    rank = torch.arange(seqlen_k, device=scores.device).expand_as(order)
+    order, first, last = rank_order(scores, key_padding_mask), 0, seqlen_k
+    if cu_seqlens is not None:
+        # Sequence by sequence, each has ranks of the same numbers as its positions, and those
+        # before it have lower ones: the n-th smallest of its own is the (first + n)-th so far.
+        sequence, first, last = _sequences(cu_seqlens, rank)
+        order = order.gather(-1, sequence[order].argsort(dim=-1, stable=True))
+    best = (rank < first + window_size).expand_as(order)
     if causal:
         joins = order
-        leaves = torch.where(rank < window_size, seqlen_k, prefix_quantile(order, window_size))
+        leaves = torch.where(best, last, prefix_quantile(order, first + window_size))
         leaves = torch.maximum(leaves, joins)  # w better keys may be there already
     else:
-        joins = torch.full_like(order, min(0, seqlen_k - seqlen_q))
-        leaves = torch.where(rank < window_size, seqlen_k, joins)
+        joins = first if cu_seqlens is not None else min(0, seqlen_k - seqlen_q)
+        joins = torch.zeros_like(order) + joins
+        leaves = torch.where(best, last, joins)
     joins, leaves = (torch.empty_like(order).scatter_(-1, order, x) for x in (joins, leaves))
     if key_padding_mask is not None:
         leaves = torch.where(key_padding_mask, leaves, joins)
-    return to_rows(joins, leaves, seqlen_q, seqlen_k)
+    if cu_seqlens is None:
+        return to_rows(joins, leaves, seqlen_q, seqlen_k)
+    inside = (sequence > 0) & (sequence < cu_seqlens.shape[0])
+    joins, leaves = (torch.where(inside, x - first, 0).to(torch.int32) for x in (joins, leaves))
+    return joins, leaves
+
+
+def _sequences(cu_seqlens: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """V6: (sequence, first, last) of each position: the number of its sequence, counted from 1, and
+    the positions of that one's first token and behind its last. What lies before the first boundary
+    has number 0, what lies behind the last the number of boundaries.
+    """
+    bounds = cu_seqlens.to(position.dtype)
+    sequence = torch.searchsorted(bounds, position, right=True)
+    first, last = F.pad(bounds, (1, 0)), F.pad(bounds, (0, 1), value=position.shape[0])
+    return sequence, first[sequence], last[sequence]

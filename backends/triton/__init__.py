@@ -109,12 +109,15 @@ def topk_intervals(
     window_size: int,
     causal: bool,
     key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(start, end)` by M5 for float16, bfloat16 and float32 scores `[{B,1}, {Hkv,1}, Sk]`."""
     from .kernels import selection as kernels
 
     with _on_device_of(scores):
-        return kernels.topk_intervals(scores, seqlen_q, window_size, causal, key_padding_mask)
+        return kernels.topk_intervals(
+            scores, seqlen_q, window_size, causal, key_padding_mask, cu_seqlens
+        )
 
 
 def admit(

@@ -6,14 +6,20 @@ The public surface is this module; `spec/attention.md` defines what the function
 from importlib.metadata import PackageNotFoundError, version
 
 from .api import (
-    flash_dense_attn_func,
-    flash_gated_attn_func,
     flash_sparse_attn_func,
     flash_sparse_attn_func_auto,
     flash_sparse_attn_varlen_func,
     flash_sparse_attn_with_kvcache_func,
 )
+from .families import (
+    flash_dense_attn_func,
+    flash_dense_attn_with_kvcache_func,
+    flash_gated_attn_func,
+    flash_gated_attn_with_kvcache_func,
+)
 from .masks import BlockMap, IntervalMask
+from .packed_mask import PackedMask
+from .packing import Packing
 from .registry import get_available_backends
 
 try:
@@ -24,9 +30,13 @@ except PackageNotFoundError:  # a source tree that was never installed
 __all__ = [
     "BlockMap",
     "IntervalMask",
+    "PackedMask",
+    "Packing",
     "__version__",
     "flash_dense_attn_func",
+    "flash_dense_attn_with_kvcache_func",
     "flash_gated_attn_func",
+    "flash_gated_attn_with_kvcache_func",
     "flash_sparse_attn_func",
     "flash_sparse_attn_func_auto",
     "flash_sparse_attn_varlen_func",

@@ -14,6 +14,7 @@ from . import ops
 from .dispatch import require_available
 from .kept import kept_blocks
 from .masks import BlockMap, IntervalMask, from_block_mask
+from .packed_mask import PackedMask
 from .problem import AttentionOptions, Form, Gate
 from .tensors import TENSOR_NAMES, AttentionTensors
 from .validation import message, require_bool, require_kinds, require_tensor
@@ -21,7 +22,7 @@ from .validation import message, require_bool, require_kinds, require_tensor
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-    Mask = Tensor | IntervalMask | BlockMap | BlockMask
+    Mask = Tensor | PackedMask | IntervalMask | BlockMap | BlockMask
     Masks = Mask | tuple[Mask, ...] | None
     Window = tuple[int | None, int | None]
     Gates = tuple[Tensor, Tensor] | None
@@ -61,8 +62,9 @@ def flash_sparse_attn_func(
         key: `[B, Sk, Hkv, D]`, dtype of query.
         value: `[B, Sk, Hkv, Dv]`, dtype of query.
         attn_mask: which pairs may attend: a bool tensor `[{B,1}, {Hq,Hkv,1}, {Sq,1}, {Sk,1}]`, true
-            = attend (V3); an `IntervalMask` (V4); a `BlockMap` or FlexAttention's `BlockMask`
-            (V5); or a tuple of these, at most one of a kind, all of which must hold.
+            = attend, or its bits as a `PackedMask` (V3); an `IntervalMask` (V4); a `BlockMap` or
+            FlexAttention's `BlockMask` (V5), whose `mask_mod` is evaluated once and then is a dense
+            mask; or a tuple of these, at most one of a kind, all of which must hold.
         attn_bias: added to the scores (S4), same broadcasting, dtype of query or float32. Its
             gradient is summed in float32.
         softmax_scale: c of S1; default D ** -0.5.
@@ -145,9 +147,9 @@ def flash_sparse_attn_varlen_func(
             softmax_threshold, return_lse, return_kept, backend: as in `flash_sparse_attn_func`.
 
     Returns:
-        o `[Tq, Hq, Dv]`; with `return_lse` also lse `[Hq, Tq]`; with `return_kept` also a `BlockMap`
-        `[sequences, Hq, ceil(max_seqlen_q / 16), ceil(max_seqlen_k / 32)]`, blocks counted inside
-        each sequence.
+        o `[Tq, Hq, Dv]`; with `return_lse` also lse `[Hq, Tq]`; with `return_kept` also a
+        `BlockMap` `[sequences, Hq, ceil(max_seqlen_q / 16), ceil(max_seqlen_k / 32)]`, blocks
+        counted inside each sequence.
 
     Raises:
         TypeError, ValueError, NotImplementedError, ImportError: as in `flash_sparse_attn_func`.
@@ -190,7 +192,8 @@ def flash_sparse_attn_with_kvcache_func(
     """Attention of a few new rows over a key-value cache (V6); no gradients.
 
     Args:
-        query: `[B, Sq, Hq, D]`; the last row is aligned to the last key in use.
+        query: `[B, Sq, Hq, D]`; the last row is aligned to the last key in use. One row may leave
+            out its dim, `[B, Hq, D]`.
         key_cache: `[B, Sc, Hkv, D]`, or with a page table `[pages, page, Hkv, D]`.
         value_cache: `[B, Sc, Hkv, Dv]`, or `[pages, page, Hkv, Dv]`.
         cache_seqlens: int32 `[B]`, keys in use per sequence, the new ones included; default Sc.
@@ -205,11 +208,18 @@ def flash_sparse_attn_with_kvcache_func(
 
     Returns:
         o `[B, Sq, Hq, Dv]`; with `return_lse` also lse `[B, Hq, Sq]`; with `return_kept` also a
-        `BlockMap` over the logical key axis.
+        `BlockMap` over the logical key axis. Of a query `[B, Hq, D]`, o `[B, Hq, Dv]` and lse
+        `[B, Hq]`.
 
     Raises:
         TypeError, ValueError, NotImplementedError, ImportError: as in `flash_sparse_attn_func`.
     """
+    require_tensor("query", query)
+    if query.dim() not in (3, 4):
+        got = f"{query.dim()} (shape {tuple(query.shape)})"
+        raise ValueError(message("E2", "rank of query", got, "3 or 4"))
+    one_row = query.dim() == 3
+    query = query.unsqueeze(1) if one_row else query
     cache = {"cache_seqlens": cache_seqlens, "page_table": page_table, "key_indices": attn_indices}
     for name, tensor in cache.items():
         require_tensor(name, tensor, optional=True)
@@ -219,7 +229,7 @@ def flash_sparse_attn_with_kvcache_func(
         gates, gate, gate_threshold, softmax_threshold,
     )  # fmt: skip
     tensors = _tensors(query, key_cache, value_cache, masks, attn_bias, gates, **cache)
-    return _call(tensors, options, backend, return_lse, return_kept)
+    return _call(tensors, options, backend, return_lse, return_kept, one_row)
 
 
 def flash_sparse_attn_func_auto(backend: str | None = None) -> Callable[..., Output]:
@@ -239,35 +249,19 @@ def flash_sparse_attn_func_auto(backend: str | None = None) -> Callable[..., Out
     return functools.partial(flash_sparse_attn_func, backend=backend)
 
 
-def flash_dense_attn_func(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Output:
-    """Attention with no sparsity of its own: `flash_sparse_attn_func` by its family name."""
-    return flash_sparse_attn_func(query, key, value, **options)
-
-
-def flash_gated_attn_func(
-    query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, delta: Tensor, **options: Any
-) -> Output:
-    """Gated attention (S3): scores gain softmax_scale * g(alpha_i * delta_j).
-
-    Args:
-        query, key, value: as in `flash_sparse_attn_func`.
-        alpha: `[B, Sq, Hq]`, gate of the rows.
-        delta: `[B, Sk, Hkv]`, gate of the keys.
-        **options: the other keywords of `flash_sparse_attn_func`.
-    """
-    return flash_sparse_attn_func(query, key, value, gates=(alpha, delta), **options)
-
-
 def _call(
     tensors: AttentionTensors,
     options: AttentionOptions,
     backend: str | None,
     return_lse: bool,
     return_kept: bool,
+    one_row: bool = False,
 ) -> Output:
     require_bool("return_lse", return_lse)
     require_bool("return_kept", return_kept)
     o, lse, kept = ops.attention(tensors, options, backend)
+    if one_row:
+        o, lse = o.squeeze(1), lse.squeeze(2)
     wanted = [o]
     if return_lse:
         wanted.append(lse)
@@ -307,6 +301,7 @@ def _options(
         window_left=window[0],
         window_right=window[1],
         sinks=sinks,
+        mask_keys=masks.get("mask_keys"),
         keys_per_row=masks.get("keys_per_row") or 0,
         block_size_q=rows,
         block_size_k=keys,
@@ -358,7 +353,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _split_masks(attn_mask: Masks) -> dict[str, Any]:
-    """The fields of `AttentionTensors` that `attn_mask` gives, `block_size` and `keys_per_row`."""
+    """The fields of `AttentionTensors` that `attn_mask` gives, with the options of them."""
     given: dict[str, Any] = {}
     several = attn_mask if isinstance(attn_mask, tuple | list) else (attn_mask,)
     for mask in several:
@@ -382,6 +377,8 @@ def _mask_terms(mask: Mask | None) -> dict[str, Any]:
         return {}
     if isinstance(mask, Tensor):
         return {"mask": mask}
+    if isinstance(mask, PackedMask):
+        return {"mask": mask.words, "mask_keys": mask.seqlen_k}
     if isinstance(mask, IntervalMask):
         intervals = {"interval_start": mask.start, "interval_end": mask.end}
         return intervals | {"keys_per_row": mask.keys_per_row}
@@ -395,6 +392,6 @@ def _mask_terms(mask: Mask | None) -> dict[str, Any]:
             "E1",
             "attn_mask",
             type(mask).__name__,
-            "a bool tensor, IntervalMask, BlockMap, BlockMask, or a tuple of these",
+            "a bool tensor, PackedMask, IntervalMask, BlockMap, BlockMask, or a tuple of these",
         )
     )

@@ -1,61 +1,35 @@
-"""The cache functions of the predecessors by their family names, with their 3-D query.
-
-The one row of a query may be given without its dim, as query `[B, Hq, D]`; then o is
-`[B, Hq, Dv]` and lse `[B, Hq]`. All else is `flash_sparse_attn_with_kvcache_func`.
-"""
+"""The functions of the predecessors by their family names: thin forms of those of `api`."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from . import api
-from .masks import BlockMap
-from .validation import message, require_tensor
+from .api import flash_sparse_attn_func, flash_sparse_attn_with_kvcache_func
+from .validation import require_tensor
 
-__all__ = [
-    "flash_dense_attn_with_kvcache_func",
-    "flash_gated_attn_with_kvcache_func",
-    "flash_sparse_attn_with_kvcache_func",
-]
-
-Output = Tensor | tuple[Tensor | BlockMap, ...]
+if TYPE_CHECKING:
+    from .api import Output
 
 
-def flash_sparse_attn_with_kvcache_func(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, **options: Any
+def flash_dense_attn_func(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Output:
+    """Attention with no sparsity of its own: `flash_sparse_attn_func` by its family name."""
+    return flash_sparse_attn_func(query, key, value, **options)
+
+
+def flash_gated_attn_func(
+    query: Tensor, key: Tensor, value: Tensor, alpha: Tensor, delta: Tensor, **options: Any
 ) -> Output:
-    """Attention over a key-value cache (V6), of one row where query has no dim of rows.
+    """Gated attention (S3): scores gain softmax_scale * g(alpha_i * delta_j).
 
     Args:
-        query: `[B, Sq, Hq, D]`, or `[B, Hq, D]` for one row.
-        key_cache, value_cache: as in `api.flash_sparse_attn_with_kvcache_func`.
-        **options: its keywords. Masks, bias and gates keep their dim of rows, of size 1.
-
-    Returns:
-        As that function; with a 3-D query o `[B, Hq, Dv]` and lse `[B, Hq]`. The `BlockMap` of
-        `return_kept` keeps its dim of blocks of rows.
-
-    Raises:
-        TypeError: query is no tensor (E1).
-        ValueError: query has neither 3 nor 4 dims (E2).
-        TypeError, ValueError, NotImplementedError, ImportError: as that function.
+        query, key, value: as in `flash_sparse_attn_func`.
+        alpha: `[B, Sq, Hq]`, gate of the rows.
+        delta: `[B, Sk, Hkv]`, gate of the keys.
+        **options: the other keywords of `flash_sparse_attn_func`.
     """
-    require_tensor("query", query)
-    if query.dim() not in (3, 4):
-        got = f"{query.dim()} (shape {tuple(query.shape)})"
-        raise ValueError(message("E2", "rank of query", got, "3 or 4"))
-    call = api.flash_sparse_attn_with_kvcache_func
-    if query.dim() == 4:
-        return call(query, key_cache, value_cache, **options)
-    found = call(query.unsqueeze(1), key_cache, value_cache, **options)
-    if isinstance(found, Tensor):
-        return found.squeeze(1)
-    o, *rest = found
-    if options.get("return_lse", False):
-        rest[0] = rest[0].squeeze(2)
-    return (o.squeeze(1), *rest)
+    return flash_sparse_attn_func(query, key, value, gates=(alpha, delta), **options)
 
 
 def flash_dense_attn_with_kvcache_func(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .masks import BlockMap
+from .packed_mask import unpack_bits
 from .problem import KEPT_BLOCK, AttentionOptions, Form
 from .tensors import AttentionTensors
 
@@ -38,5 +39,4 @@ def kept_blocks(kept: Tensor, tensors: AttentionTensors, options: AttentionOptio
         own = first[:, None] + torch.arange(row_blocks, device=q.device)
         # Past the end of a sequence stands another's, and past the last nothing.
         kept = kept[0][:, own.clamp(max=kept.shape[2] - 1).long()].transpose(0, 1)
-    n = torch.arange(key_blocks, device=q.device)
-    return BlockMap((kept[..., n // 32] >> n % 32) & 1 != 0, KEPT_BLOCK)
+    return BlockMap(unpack_bits(kept, key_blocks), KEPT_BLOCK)

@@ -14,9 +14,10 @@ import torch
 
 from .tensors import DIFFERENTIABLE
 
-
 KEPT_BLOCK = (16, 32)
 """Rows and keys of a block of the set kept under T1; every tile of a backend is made of such."""
+WORD_BITS = 32
+"""Bits of a word, where bools are kept as bits: bit n % 32 of int32 word n // 32 is the n-th."""
 
 
 class Form(StrEnum):
@@ -46,6 +47,7 @@ class AttentionOptions:
         window_left: keys to the left of the aligned one (V2); None = unbounded.
         window_right: keys to its right (V2); None = unbounded.
         sinks: first keys exempt from the window (V2).
+        mask_keys: keys of a mask that is given in bits (V3); None where it is bool.
         keys_per_row: w if the intervals (V4) show at most w + n - 1 keys to any n consecutive rows;
             0 = unknown. Not a rule but a promise that bounds memory.
         block_size_q: rows of a block of the block map (V5); 0 without one.
@@ -65,6 +67,7 @@ class AttentionOptions:
     window_left: int | None = None
     window_right: int | None = None
     sinks: int = 0
+    mask_keys: int | None = None
     keys_per_row: int = 0
     block_size_q: int = 0
     block_size_k: int = 0
@@ -93,7 +96,8 @@ class AttentionProblem(AttentionOptions):
         dtype: dtype of q, k and v.
         device: device type, "cpu" or "cuda".
         arch: compute capability as major * 10 + minor, None off the GPU.
-        mask, bias: sizes of the 4-D broadcast term, None if absent.
+        mask, bias: sizes of the 4-D broadcast term, None if absent; of a mask in bits, those of the
+            bool mask it stands for.
         bias_dtype: dtype of the bias.
         intervals: sizes of the batch and head dims of the intervals.
         block_map: sizes of the block map.
@@ -135,18 +139,17 @@ class AttentionProblem(AttentionOptions):
         """Shape of the set kept under T1 as bits, int32 `[B, Hq, row blocks, words]`; without a
         threshold `[0]`.
 
-        A bit stands for `KEPT_BLOCK` rows and keys, bit n % 32 of word n // 32 for the n-th block of
-        keys. Packed: `[1, Hq, row blocks, words]`, rows of sequence b from block
-        cu_seqlens_q[b] // 16 + b on.
+        A bit stands for `KEPT_BLOCK` rows and keys, in words of `WORD_BITS`. Packed: `[1, Hq, row
+        blocks, words]`, rows of sequence b from block cu_seqlens_q[b] // 16 + b on.
         """
         if self.softmax_threshold == 0:
             return (0,)
         rows, keys = KEPT_BLOCK
         if self.form == Form.PACKED:
             row_blocks = self.seqlen_q // rows + self.batch + 1
-            return 1, self.heads_q, row_blocks, -(-self.max_seqlen_k // (32 * keys))
+            return 1, self.heads_q, row_blocks, -(-self.max_seqlen_k // (WORD_BITS * keys))
         row_blocks = -(-self.seqlen_q // rows)
-        return self.batch, self.heads_q, row_blocks, -(-self.seqlen_k // (32 * keys))
+        return self.batch, self.heads_q, row_blocks, -(-self.seqlen_k // (WORD_BITS * keys))
 
     def needs(self, *names: str) -> bool:
         """Whether any of the named inputs needs a gradient."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .packed_mask import with_dense_mask
 from .problem import AttentionProblem, Form
 from .tensors import DIFFERENTIABLE, AttentionTensors
 
@@ -71,6 +72,7 @@ def _qkv(tensors: AttentionTensors) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _keywords(problem: AttentionProblem, tensors: AttentionTensors) -> dict[str, Any]:
+    problem, tensors = with_dense_mask(problem, tensors)
     keywords: dict[str, Any] = {
         name: tensor for name, tensor in tensors.present() if name not in ("q", "k", "v")
     }

@@ -28,8 +28,8 @@ class Backend(Protocol):
 
     Importing it needs nothing but torch. `forward` and `backward` are called only for a problem
     that `unsupported` has nothing against, in a process that `availability` has nothing against. A
-    backend may also define `topk_intervals`, as `selection.topk_intervals` takes and returns it, and
-    `admit`, as `streaming.admit_by_operations`.
+    backend may also define `topk_intervals`, as `selection.topk_intervals` takes and returns it,
+    and `admit`, as `streaming.admit_by_operations`.
     """
 
     def availability(self) -> list[str]:
@@ -41,8 +41,8 @@ class Backend(Protocol):
     def forward(
         self, problem: AttentionProblem, tensors: AttentionTensors
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`(o, lse, kept)` by O1, O2 and T1: o contiguous in the dtype of q, lse float32, and the set
-        kept, int32 of shape `problem.kept_shape`, None without a threshold.
+        """`(o, lse, kept)` by O1, O2 and T1: o contiguous in the dtype of q, lse float32, and the
+        set kept, int32 of shape `problem.kept_shape`, None without a threshold.
         """
 
     def backward(

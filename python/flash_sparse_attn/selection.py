@@ -16,7 +16,7 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _library = torch.library.Library("flash_sparse_attn", "FRAGMENT")
 _library.define(
     "topk_intervals(Tensor scores, SymInt seqlen_q, SymInt window_size, bool causal, "
-    "Tensor? key_padding_mask) -> (Tensor start, Tensor end)"
+    "Tensor? key_padding_mask, Tensor? cu_seqlens=None) -> (Tensor start, Tensor end)"
 )
 
 
@@ -26,6 +26,7 @@ def topk_intervals(
     window_size: int,
     causal: bool = True,
     key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The rows at which each key is among the w best (M5).
 
@@ -33,18 +34,21 @@ def topk_intervals(
     others (float64 too) to the operations of the reference; the results are the same integers.
 
     Args:
-        scores: floating `[{B,1}, {Hkv,1}, Sk]`, any strides.
-        seqlen_q: Sq.
+        scores: floating `[{B,1}, {Hkv,1}, Sk]`, any strides; of packed sequences,
+            `[1, {Hkv,1}, Tk]`.
+        seqlen_q: Sq; means nothing of packed sequences, which have as many rows as keys.
         window_size: w >= 1.
         causal: row i chooses among the keys j <= p_i; otherwise among all.
         key_padding_mask: bool, broadcastable with `scores`; keys that are False take no part.
+        cu_seqlens: int32 `[sequences + 1]`, boundaries of packed sequences (V6), each of which
+            chooses by itself; rows are counted inside it.
 
     Returns:
         (start, end), int32, contiguous, of the broadcast shape; end = start where no row sees the
-        key. Not differentiable.
+        key, 0 of tokens in no sequence. Not differentiable.
     """
     return torch.ops.flash_sparse_attn.topk_intervals(
-        scores, seqlen_q, window_size, causal, key_padding_mask
+        scores, seqlen_q, window_size, causal, key_padding_mask, cu_seqlens
     )
 
 
@@ -54,12 +58,14 @@ def _topk_intervals(
     window_size: int,
     causal: bool,
     key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if scores.is_cuda and scores.dtype in KERNEL_DTYPES:
         implementation = _on_gpu()
     else:
         implementation = _by_reference
-    return implementation(scores, seqlen_q, window_size, causal, key_padding_mask)
+    packed = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens.contiguous()}
+    return implementation(scores, seqlen_q, window_size, causal, key_padding_mask, **packed)
 
 
 def _topk_intervals_fake(
@@ -68,6 +74,7 @@ def _topk_intervals_fake(
     window_size: int,
     causal: bool,
     key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     shape = scores.shape
     if key_padding_mask is not None:
@@ -87,8 +94,8 @@ def _on_gpu() -> Callable[..., tuple[Tensor, Tensor]]:
     return _by_reference
 
 
-def _by_reference(*arguments: object) -> tuple[Tensor, Tensor]:
-    start, end = reference.topk_intervals(*arguments)
+def _by_reference(*arguments: object, **packed: Tensor) -> tuple[Tensor, Tensor]:
+    start, end = reference.topk_intervals(*arguments, **packed)
     return start.contiguous(), end.contiguous()
 
 

@@ -16,7 +16,8 @@ class AttentionTensors:
         q: `[B, Sq, Hq, D]`, packed `[Tq, Hq, D]`.
         k: `[B, Sk, Hkv, D]`, packed `[Tk, Hkv, D]`, paged `[pages, page, Hkv, D]`.
         v: as k, last dim Dv.
-        mask: bool, 4-D broadcast (V3).
+        mask: bool, 4-D broadcast (V3); or its bits, int32 words of 32 keys, where the option
+            `mask_keys` says so.
         bias: dtype of q or float32, 4-D broadcast (S4).
         interval_start: int32 `[{B,1}, {Hkv,1}, Sk]` (V4).
         interval_end: int32, as `interval_start`.

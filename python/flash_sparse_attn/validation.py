@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .problem import AttentionOptions, AttentionProblem, Form, Gate
+from .problem import WORD_BITS, AttentionOptions, AttentionProblem, Form, Gate
 from .tensors import AttentionTensors
 
 HEAD_DIM_MAX = 256
@@ -35,7 +35,9 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
         ("softmax_scale", "softcap", "gate_threshold", "softmax_threshold"),
         ((int, float), "a number"),
     ),
-    **dict.fromkeys(("window_left", "window_right"), ((int, type(None)), "None or an int")),
+    **dict.fromkeys(
+        ("window_left", "window_right", "mask_keys"), ((int, type(None)), "None or an int")
+    ),
     **dict.fromkeys(_LENGTHS, ((int,), "an int")),
     "gate": ((str, type(None)), "a string"),
 }
@@ -73,6 +75,19 @@ def require_bool(name: str, value: object) -> None:
         raise TypeError(message("E1", name, repr(value), "a bool"))
 
 
+def require_int(name: str, value: object, least: int, words: str) -> None:
+    """E1 and E6 for a count that is no option of the operators.
+
+    Raises:
+        TypeError: `value` is not an int.
+        ValueError: `value` is below `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(message("E1", name, repr(value), words))
+    if value < least:
+        raise ValueError(message("E6", name, value, words))
+
+
 def require_kinds(options: AttentionOptions) -> None:
     """E1 for the scalar arguments.
 
@@ -99,7 +114,7 @@ def require_ranges(options: AttentionOptions) -> None:
     for name in ("gate_threshold", "softmax_threshold"):
         if not 0 <= getattr(options, name) <= 1:
             raise ValueError(message("E6", name, getattr(options, name), "a number in [0, 1]"))
-    for name in ("softcap", "window_left", "window_right", *_LENGTHS):
+    for name in ("softcap", "window_left", "window_right", "mask_keys", *_LENGTHS):
         value = getattr(options, name)
         if value is not None and value < 0:
             raise ValueError(message("E6", name, value, f"{_KINDS[name][1]} >= 0"))
@@ -124,7 +139,7 @@ def describe(
     """
     require_ranges(options)
     _require_ranks(tensors, options)
-    _require_dtypes(tensors)
+    _require_dtypes(tensors, options)
     _require_one_device(tensors)
     problem = _sizes(tensors, options).with_grads(tuple(grads))
     _require_broadcasts(tensors, problem)
@@ -167,13 +182,15 @@ def _require_ranks(tensors: AttentionTensors, options: AttentionOptions) -> None
             )
 
 
-def _require_dtypes(tensors: AttentionTensors) -> None:
+def _require_dtypes(tensors: AttentionTensors, options: AttentionOptions) -> None:
     dtype = tensors.q.dtype
     if dtype not in FLOAT_DTYPES:
         raise TypeError(message("E3", "dtype of q", dtype, f"one of {list(FLOAT_DTYPES)}"))
     for name, tensor in tensors.present():
         if name in ("q", "k", "v"):
             allowed = (dtype,)
+        elif name == "mask" and options.mask_keys is not None:
+            allowed = (torch.int32,)
         elif name in BOOL_TENSORS:
             allowed = (torch.bool,)
         elif name in INT32_TENSORS:
@@ -245,7 +262,10 @@ def _sizes(tensors: AttentionTensors, options: AttentionOptions) -> AttentionPro
         ):
             raise ValueError(message("E2", f"shape of {name}", tuple(tensor.shape), shape))
     sizes = {name: getattr(options, name) for name in options.__dataclass_fields__}
-    bias, intervals = tensors.bias, tensors.interval_start
+    mask, bias, intervals = tensors.mask, tensors.bias, tensors.interval_start
+    mask_sizes = None if mask is None else tuple(mask.shape)
+    if mask_sizes is not None and options.mask_keys is not None:
+        mask_sizes = (*mask_sizes[:3], options.mask_keys)
     return AttentionProblem(
         **sizes,
         batch=batch,
@@ -258,7 +278,7 @@ def _sizes(tensors: AttentionTensors, options: AttentionOptions) -> AttentionPro
         dtype=q.dtype,
         device=q.device.type,
         arch=_arch(q.device),
-        mask=None if tensors.mask is None else tuple(tensors.mask.shape),
+        mask=mask_sizes,
         bias=None if bias is None else tuple(bias.shape),
         bias_dtype=None if bias is None else bias.dtype,
         intervals=None if intervals is None else (intervals.shape[0], intervals.shape[1]),
@@ -322,6 +342,10 @@ def _require_broadcasts(tensors: AttentionTensors, problem: AttentionProblem) ->
         rows = -(-problem.seqlen_q // problem.block_size_q)
         keys = -(-problem.seqlen_k // problem.block_size_k)
         allowed["block_map"] = ((1, batch), heads, (rows,), (keys,))
+    if problem.mask_keys is not None:
+        if problem.mask_keys != problem.seqlen_k:
+            raise ValueError(message("E5", "keys of mask", problem.mask_keys, problem.seqlen_k))
+        allowed["mask"] = (*per_pair[:3], (-(-problem.seqlen_k // WORD_BITS),))
     for name, sizes in allowed.items():
         tensor = getattr(tensors, name)
         if tensor is None:

@@ -145,7 +145,8 @@ class Call:
                 tensors |= {"interval_start": mask.start, "interval_end": mask.end}
             if isinstance(mask, BlockMask):
                 block_map, elements = from_block_mask(mask)
-                tensors |= {"block_map": block_map.active, "mask": elements}
+                dense = None if elements is None else elements.to_dense()
+                tensors |= {"block_map": block_map.active, "mask": dense}
         return AttentionTensors(**tensors)
 
     def problem(self) -> AttentionProblem:

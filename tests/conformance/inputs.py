@@ -373,8 +373,19 @@ class _Maker:
         scores = self.scores(part, shape).to(device)
         arguments = {"scores": scores, "window_size": part.window_size, "causal": part.causal}
         arguments |= {"key_padding_mask": keep if part.keep < 1 else None}
-        selected = pairs.best_keys(scores, ~keep, sizes.seqlen_q, part.window_size, part.causal)
-        return Structured("topk", arguments | {"seqlen_q": sizes.seqlen_q}, selected)
+        choice = part.window_size, part.causal
+        if not self.case.packed:
+            selected = pairs.best_keys(scores, ~keep, sizes.seqlen_q, *choice)
+            return Structured("topk", arguments | {"seqlen_q": sizes.seqlen_q}, selected)
+        selected = torch.zeros(*shape[:2], len(i), len(j), dtype=torch.bool, device=device)
+        first = 0
+        for length in self.case.packed.lengths_k:
+            own = slice(first, first + length)
+            best = pairs.best_keys(scores[..., own], ~keep[..., own], length, *choice)
+            selected[..., own, own] = best
+            first += length
+        arguments |= {"cu_seqlens": self.tensors["cu_seqlens_k"]}
+        return Structured("topk", arguments, selected)
 
     def scores(self, part: Intervals, shape: tuple[int, ...]) -> Tensor:
         """M5: scores of keys, float32, by `Intervals.scores`."""

@@ -28,6 +28,9 @@ def run(case: Case, inputs: Inputs, kept: Tensor | None = None) -> dict[str, Ten
         kept: T1, the elements that an implementation kept, bool `[B, Hq, Sq, Sk]`.
     """
     leaves = Leaves(case, inputs, torch.float64)
+    if case.packed and inputs.selected is not None:  # V of packed sequences takes no dense mask
+        selected = pairs.heads(inputs.selected, case)
+        kept = selected if kept is None else kept & selected
     if kept is not None and case.packed:
         kept = _by_sequence(case, kept)
     o, lse = _FORMS[case.form](**leaves.tensors, **terms(case, inputs), kept=kept)
@@ -52,7 +55,7 @@ def terms(case: Case, inputs: Inputs) -> dict[str, object]:
         keywords["gate"] = case.gates.gate
     if "block_map" in inputs.tensors:
         keywords["block_size"] = case.block_map.block_size
-    if inputs.selected is not None:
+    if inputs.selected is not None and not case.packed:
         mask = inputs.tensors.get("mask")
         both = pairs.heads(inputs.selected, case)
         keywords["mask"] = both if mask is None else both & pairs.heads(mask, case)

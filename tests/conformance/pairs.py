@@ -55,7 +55,7 @@ def axes(case: Case, device: torch.device) -> Axes:
 
 
 def _places(lengths: tuple[int, ...], spare: int) -> tuple[Tensor, Tensor]:
-    """Of every token: its place in its sequence, and its sequence; that of spare ones is no more."""
+    """Of every token: its place in its sequence, and its sequence; spare ones are in one more."""
     lengths = (*lengths, spare)
     place = [n for length in lengths for n in range(length)]
     sequence = [b for b, length in enumerate(lengths) for _ in range(length)]

@@ -19,6 +19,8 @@ SELECTING = [
     name for name in get_available_backends() if hasattr(registry.load(name), "topk_intervals")
 ]
 LENGTH = 20_000
+LENGTHS = (3000, 1, 0, 128, 4096, 4097, 5, 0, 8192, 400)
+"""Of packed sequences; 81 of `LENGTH` tokens are in none."""
 NAN, INF = math.nan, math.inf
 
 
@@ -52,12 +54,14 @@ def check(
     window_size: int,
     causal: bool = True,
     keep: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> None:
     """Every backend that selects, and the mask, against the reference."""
-    arguments = scores, seqlen_q, window_size, causal, keep
+    arguments = scores, seqlen_q, window_size, causal, keep, cu_seqlens
     start, end = reference.topk_intervals(*arguments)
     want = start, torch.maximum(start, end)
-    mask = IntervalMask.topk(scores, window_size, causal, keep, seqlen_q)
+    rows = seqlen_q if cu_seqlens is None else None
+    mask = IntervalMask.topk(scores, window_size, causal, keep, rows, cu_seqlens)
     kernels = SELECTING if scores.dtype in KERNEL_DTYPES else ()
     found = {name: registry.load(name).topk_intervals(*arguments) for name in kernels}
     for name, got in (found | {"mask": (mask.start, mask.end)}).items():
@@ -100,6 +104,52 @@ def test_a_long_sequence(generator):
     check(torch.randn(1, 2, 600_001, device="cuda", generator=generator), 600_001, 1024)
 
 
+def boundaries(*lengths: int) -> Tensor:
+    return torch.tensor((0, *lengths), device="cuda").cumsum(0).int()
+
+
+@pytest.mark.parametrize("window_size", [1, 100, 1024, 5000])
+@pytest.mark.parametrize("name", ["random", "ascending", "descending", "constant", "special"])
+def test_packed_patterns(name, window_size, generator):
+    check(pattern(name, generator), -1, window_size, cu_seqlens=boundaries(*LENGTHS))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", [*KERNEL_DTYPES, torch.float64], ids=str)
+def test_packed_dtypes_layouts_and_padding(dtype, causal, generator):
+    scores = torch.randn(1, LENGTH, 3, device="cuda", generator=generator).to(dtype)
+    keep = torch.rand(1, 1, LENGTH, device="cuda", generator=generator) < 0.7
+    check(scores.transpose(1, 2), -1, 300, causal, keep, boundaries(*LENGTHS))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_lengths(causal, generator):
+    """One long sequence, whose segments grow; thousands of short ones; none."""
+    scores = torch.randn(1, 2, 300_001, device="cuda", generator=generator)
+    short = torch.arange(5000).remainder(61).tolist()
+    for lengths in ((300_001,), (1, 299_000), short, ()):
+        check(scores, -1, 1024, causal, cu_seqlens=boundaries(*lengths))
+
+
+def test_packed_replay_with_other_boundaries(generator):
+    scores = torch.randn(1, 2, LENGTH, device="cuda", generator=generator)
+    cu_seqlens = boundaries(*LENGTHS)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        IntervalMask.topk(scores, 1000, cu_seqlens=cu_seqlens)
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        mask = IntervalMask.topk(scores, 1000, cu_seqlens=cu_seqlens)
+    for lengths in (LENGTHS[::-1], (LENGTH,), (7,) * 9, (0,) * 10):
+        lengths += (0,) * (len(LENGTHS) - len(lengths))
+        cu_seqlens.copy_(boundaries(*lengths))
+        graph.replay()
+        want = reference.topk_intervals(scores, -1, 1000, cu_seqlens=cu_seqlens)
+        assert torch.equal(mask.start, want[0])
+        assert torch.equal(mask.end, want[1])
+
+
 def test_graph_capture_and_replay(generator):
     scores = torch.randn(1, 2, LENGTH, device="cuda", generator=generator)
     side = torch.cuda.Stream()
@@ -118,21 +168,29 @@ def test_graph_capture_and_replay(generator):
 
 def test_nothing_waits_for_the_device(generator):
     scores = torch.randn(1, 2, LENGTH, device="cuda", generator=generator)
+    cu_seqlens = boundaries(*LENGTHS)
     IntervalMask.topk(scores, 1000)
+    IntervalMask.topk(scores, 1000, cu_seqlens=cu_seqlens)
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
         IntervalMask.topk(scores, 1000)
+        IntervalMask.topk(scores, 1000, cu_seqlens=cu_seqlens)
     finally:
         torch.cuda.set_sync_debug_mode(mode)
 
 
-def test_memory_is_linear(generator):
-    """Beside the result at most 40 bytes a key; a matrix of pairs would be 10^10 bits."""
+@pytest.mark.parametrize("packed", [False, True])
+def test_memory_is_linear(packed, generator):
+    """Beside the result at most 40 bytes a key; a matrix of pairs would be 10^10 bits. Of packed
+    sequences, one of which is long, as many bytes for each place of a whole block.
+    """
     scores = torch.randn(1, 1, 100_000, device="cuda", generator=generator)
-    IntervalMask.topk(scores, 1024)
+    cu_seqlens = boundaries(90_000, *(100,) * 100) if packed else None
+    places = scores.numel() + (128 * 101 if packed else 0)
+    IntervalMask.topk(scores, 1024, cu_seqlens=cu_seqlens)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    mask = IntervalMask.topk(scores, 1024)
+    mask = IntervalMask.topk(scores, 1024, cu_seqlens=cu_seqlens)
     peak = torch.cuda.max_memory_allocated() - before
-    assert peak <= mask.start.nbytes + mask.end.nbytes + 40 * scores.numel()
+    assert peak <= mask.start.nbytes + mask.end.nbytes + 40 * places

@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from flash_sparse_attn import BlockMap, IntervalMask, flash_sparse_attn_func
+from flash_sparse_attn import (
+    BlockMap,
+    IntervalMask,
+    flash_sparse_attn_func,
+    flash_sparse_attn_varlen_func,
+)
 from flash_sparse_attn.masks import from_block_mask
 
 
@@ -66,6 +71,42 @@ def test_topk_broadcasts_the_padding_mask(shape):
     assert torch.equal(got.end, want.end)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_topk_of_packed_sequences_is_that_of_each(causal):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(1, 2, 30, generator=generator)
+    real = torch.rand(1, 30, generator=generator) < 0.7
+    lengths = (11, 0, 1, 14)
+    cu = torch.tensor((0, *lengths)).cumsum(0).int()
+    got = IntervalMask.topk(scores, 4, causal, real, cu_seqlens=cu)
+    assert got.keys_per_row == 4
+    of_each = zip(scores.split((*lengths, 4), -1), real.split((*lengths, 4), -1), strict=True)
+    *alone, _outside = (IntervalMask.topk(x, 4, causal, keep) for x, keep in of_each)
+    for name in ("start", "end"):
+        tensor = getattr(got, name)
+        assert tensor.shape == scores.shape
+        assert torch.equal(tensor[..., :26], torch.cat([getattr(x, name) for x in alone], -1))
+        assert not tensor[..., 26:].any(), "tokens of no sequence"
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_topk_of_packed_sequences_in_attention(causal):
+    """The call reads rows as the mask counts them: packed sequences give what each gives alone."""
+    torch.manual_seed(0)
+    lengths = (9, 1, 0, 12)
+    tokens, cu = sum(lengths), torch.tensor((0, *lengths)).cumsum(0).int()
+    q, k, v = (torch.randn(tokens, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    scores = torch.randn(1, 2, tokens)
+    mask = IntervalMask.topk(scores, 3, causal, cu_seqlens=cu)
+    longest = max(lengths)
+    got = flash_sparse_attn_varlen_func(q, k, v, cu, cu, longest, longest, attn_mask=mask)
+    for first, last in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True):
+        own = [x[None, first:last] for x in (q, k, v)]
+        alone = IntervalMask.topk(scores[..., first:last], 3, causal)
+        want = flash_sparse_attn_func(*own, attn_mask=alone)
+        torch.testing.assert_close(got[None, first:last], want)
+
+
 def test_keys_per_row_bounds_what_consecutive_rows_see():
     scores = torch.randn(1, 2, 20, generator=torch.Generator().manual_seed(0))
     best, all_of_them = IntervalMask.topk(scores, 6), IntervalMask.topk(scores, 30)
@@ -117,6 +158,40 @@ def test_wrong_counts_and_padding_masks_are_refused():
             call()
 
 
+def test_wrong_boundaries_are_refused():
+    scores, cu = torch.zeros(1, 3, 12), torch.tensor([0, 5, 12], dtype=torch.int32)
+    padding = torch.ones(2, 12, dtype=torch.bool)
+    wrong = {
+        r"cu_seqlens.*E1": lambda: IntervalMask.topk(scores, 2, cu_seqlens=[0, 5, 12]),
+        r"cu_seqlens.*E3": lambda: IntervalMask.topk(scores, 2, cu_seqlens=cu.long()),
+        r"cu_seqlens.*E4": lambda: IntervalMask.topk(scores, 2, cu_seqlens=cu.to("meta")),
+        r"shape of cu_seqlens.*E5": lambda: IntervalMask.topk(scores, 2, cu_seqlens=cu[None]),
+        r"shape of cu_seqlens: got \(0,\).*E5": lambda: IntervalMask.topk(
+            scores, 2, cu_seqlens=cu[:0]
+        ),
+        r"scores.*E5": lambda: IntervalMask.topk(scores.expand(2, 3, 12), 2, cu_seqlens=cu),
+        r"key_padding_mask.*E5": lambda: IntervalMask.topk(
+            scores, 2, key_padding_mask=padding, cu_seqlens=cu
+        ),
+        r"seqlen_q.*E8": lambda: IntervalMask.topk(scores, 2, seqlen_q=12, cu_seqlens=cu),
+    }
+    for pattern, call in wrong.items():
+        kind = TypeError if pattern.endswith(("E1", "E3")) else ValueError
+        with pytest.raises(kind, match=pattern):
+            call()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
+def test_selection_of_packed_sequences_is_an_operator(causal, padded):
+    scores = torch.randn(1, 40, 3).transpose(1, 2)
+    keep = torch.rand(1, 1, 40) < 0.6 if padded else None
+    cu = torch.tensor([0, 17, 17, 38], dtype=torch.int32)
+    operator = torch.ops.flash_sparse_attn.topk_intervals.default
+    results = torch.library.opcheck(operator, (scores, 0, 5, causal, keep, cu))
+    assert set(results.values()) == {"SUCCESS"}
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("padded", [True, False])
 def test_selection_is_an_operator(causal, padded):
@@ -141,6 +216,19 @@ def test_masks_compile_to_one_graph():
         assert torch.equal(got[1], want[1])
         assert got[2] == want[2]
         assert not got[1].requires_grad
+
+
+def test_packed_masks_compile_to_one_graph():
+    def mask(scores, cu_seqlens):
+        chosen = IntervalMask.topk(scores, 4, cu_seqlens=cu_seqlens)
+        return chosen.start, chosen.end
+
+    compiled = torch.compile(mask, fullgraph=True, backend="aot_eager", dynamic=True)
+    for lengths in ((10, 3), (20, 0, 7), (5,)):
+        cu = torch.tensor((0, *lengths)).cumsum(0).int()
+        scores = torch.randn(1, 2, sum(lengths) + 2)
+        for got, want in zip(compiled(scores, cu), mask(scores, cu), strict=True):
+            assert torch.equal(got, want)
 
 
 def test_conjunction_of_masks_in_one_call():
@@ -173,5 +261,5 @@ def test_block_mask_without_elements_gives_no_dense_mask():
     block_mask = create_block_mask(lambda b, h, q, k: q >= k, 1, 1, 256, 256, device="cpu")
     block_map, elements = from_block_mask(block_mask)
     assert block_map.block_size == (128, 128)
-    assert torch.equal(elements[0, 0, :128, :128], torch.ones(128, 128).tril().bool())
+    assert torch.equal(elements.to_dense()[0, 0, :128, :128], torch.ones(128, 128).tril().bool())
     assert torch.equal(block_map.active[0, 0], torch.tensor([[True, False], [True, True]]))

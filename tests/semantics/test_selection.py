@@ -142,6 +142,48 @@ def test_any_float_dtype(rand, dtype):
     assert torch.equal(by_intervals(scores, 20, 5), by_sorting(scores, 20, 5))
 
 
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    data=st.data(),
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=5),
+    outside=st.tuples(st.integers(0, 2), st.integers(0, 4)),
+    window_size=st.integers(1, 14),
+    causal=st.booleans(),
+    padded=st.booleans(),
+)
+def test_packed_sequences_choose_by_themselves(data, lengths, outside, window_size, causal, padded):
+    """Rows counted inside each sequence; what lies outside of all is hidden, whatever its score."""
+    before, behind = outside
+    cu_seqlens = torch.tensor([before, *lengths]).cumsum(0).int()
+    tokens = int(cu_seqlens[-1]) + behind
+    keys = data.draw(st.lists(st.tuples(VALUES, st.booleans()), min_size=tokens, max_size=tokens))
+    scores = torch.tensor([score for score, _ in keys], dtype=torch.float32)
+    keep = torch.tensor([kept for _, kept in keys], dtype=torch.bool) if padded else None
+    start, end = reference.topk_intervals(scores, -1, window_size, causal, keep, cu_seqlens)
+    assert start.dtype == end.dtype == torch.int32
+    inside = torch.zeros(tokens, dtype=torch.bool)
+    for first, last in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        own = slice(first, last)
+        inside[own] = True
+        i = torch.arange(last - first)[:, None]
+        got = (start[own] <= i) & (i < end[own])
+        kept = None if keep is None else keep[own]
+        assert torch.equal(got, by_sorting(scores[own], last - first, window_size, causal, kept))
+        assert (end[own] <= last - first).all()
+    assert not start[~inside].any()
+    assert not end[~inside].any()
+
+
+def test_heads_of_packed_sequences_are_independent(rand, coin):
+    scores, keep = rand(1, 3, 20), coin(1, 1, 20)
+    cu_seqlens = torch.tensor([0, 7, 7, 19], dtype=torch.int32)
+    got = reference.topk_intervals(scores, -1, 4, True, keep, cu_seqlens)
+    for n in range(3):
+        want = reference.topk_intervals(scores[:, n], -1, 4, True, keep[:, 0], cu_seqlens)
+        assert torch.equal(got[0][:, n], want[0])
+        assert torch.equal(got[1][:, n], want[1])
+
+
 def test_no_keys():
     start, end = reference.topk_intervals(torch.zeros(2, 1, 0), 4, 3)
     assert start.shape == end.shape == (2, 1, 0)
@@ -161,11 +203,13 @@ def test_long_sequences_in_linear_memory(rand):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_no_value_is_read_on_the_host(causal):
+@pytest.mark.parametrize("packed", [True, False])
+def test_no_value_is_read_on_the_host(causal, packed):
     """It runs where there are no values at all."""
     scores = torch.empty(2, 1, 100, device="meta")
     keep = torch.empty(2, 1, 100, device="meta", dtype=torch.bool)
-    start, end = reference.topk_intervals(scores, 90, 8, causal, keep)
+    cu_seqlens = torch.empty(4, device="meta", dtype=torch.int32) if packed else None
+    start, end = reference.topk_intervals(scores, 90, 8, causal, keep, cu_seqlens)
     assert start.shape == end.shape == (2, 1, 100)
     assert start.dtype == end.dtype == torch.int32
 

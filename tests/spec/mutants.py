@@ -382,6 +382,11 @@ MUTANTS = (
         {"topk_intervals": on_arguments(lambda s, n, w, causal, mask: (s, n, w, causal, None))},
         "structured/topk-padding[float32]",
     ),
+    Mutant(
+        "M5 chooses across the boundaries of packed sequences",
+        {"topk_intervals": lambda f: lambda *arguments, **_packed: f(*arguments)},
+        "packed/topk[float32,kind=topk+shape=1xHkv+window_size=8]",
+    ),
     # O
     Mutant(
         "an empty row is NaN", {"softmax": instead(changes.unguarded_softmax)}, "mask/rows[float32]"

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from flash_sparse_attn.packed_mask import with_dense_mask
 from flash_sparse_attn.problem import KEPT_BLOCK, AttentionProblem
 from flash_sparse_attn.tensors import AttentionTensors
 
@@ -95,6 +96,7 @@ def as_mask(
     problem: AttentionProblem, tensors: AttentionTensors
 ) -> tuple[AttentionProblem, AttentionTensors]:
     """The call with a map that does not fit as a dense mask (V3), which it then costs."""
+    problem, tensors = with_dense_mask(problem, tensors)
     i = torch.arange(problem.seqlen_q, device=tensors.q.device) // problem.block_size_q
     j = torch.arange(problem.seqlen_k, device=tensors.q.device) // problem.block_size_k
     mask = tensors.block_map[:, :, i[:, None], j]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from flash_sparse_attn.packed_mask import with_dense_mask
 from flash_sparse_attn.problem import KEPT_BLOCK, AttentionProblem
 from flash_sparse_attn.tensors import AttentionTensors
 
@@ -95,9 +96,7 @@ def plan(problem: AttentionProblem, tensors: AttentionTensors) -> Plan:
     programs = whole.programs(problem)
     while lists is not None and tile.block_n > 16 and programs * keys < slots * tile.block_n:
         tile = replace(tile, block_n=tile.block_n // 2)  # a short list, on more programs
-    return replace(
-        whole, tile=tile, splits=_splits(programs, slots, ceil_div(keys, tile.block_n))
-    )
+    return replace(whole, tile=tile, splits=_splits(programs, slots, ceil_div(keys, tile.block_n)))
 
 
 def scattered(tensors: AttentionTensors, keys: int) -> bool:
@@ -139,6 +138,7 @@ def decode(
         both contiguous; kept int32 of `problem.kept_shape`, None without a softmax threshold. With
         key lists nothing is dropped, as T1 allows.
     """
+    problem, tensors = with_dense_mask(problem, tensors)
     q = tensors.q
     wide = arguments.sum_dtype(problem)
     rows = (problem.batch, problem.heads_q, problem.seqlen_q)

@@ -26,13 +26,15 @@ def pack_mask_kernel(
     CHUNK: tl.constexpr,
     KEYS: tl.constexpr,
     ONE_KEY: tl.constexpr,
+    COPIED: tl.constexpr,
 ):
-    """Bits and block classes of one [SUB, CHUNK] piece of a boolean mask, read KEYS (1 or 4) bytes
-    at a time; strides count such pieces.
+    """Bits and block classes of one [SUB, CHUNK] piece of a mask, read KEYS keys at a time: 1 or 4
+    bytes of a boolean one, or 32 bits; strides count such pieces.
 
     Grid batch * heads * row blocks * chunks, over rows padded to n_rows and keys to 32 * n_words:
     bits of what does not exist are 0. With ONE_KEY the mask has one column, which stands for every
-    key: a word is all ones or all zeros.
+    key: a word is all ones or all zeros. Without COPIED the source is all this already, and only
+    its classes are stored.
     """
     chunks = tl.cdiv(n_words * 32, CHUNK)
     row_blocks = n_rows // SUB
@@ -51,15 +53,19 @@ def pack_mask_kernel(
         value = (value * 0x10204080) >> 28 & 15
     bits = tl.reshape(value.to(tl.int32), [SUB, CHUNK // 32, 32 // KEYS])
     packed = tl.sum(bits << (tl.arange(0, 32 // KEYS) * KEYS)[None, None, :], axis=2)
+    word = chunk * (CHUNK // 32) + tl.arange(0, CHUNK // 32)
+    past = _missing_bits(word, seqlen_k)
+    if KEYS == 32:
+        packed = packed & ~past
     if ONE_KEY:
         packed = -packed
     plane = plane.to(tl.int64)
-    word = chunk * (CHUNK // 32) + tl.arange(0, CHUNK // 32)
-    target = words + (plane * n_rows + rows[:, None]) * n_words + word[None, :]
-    tl.store(target, packed, mask=(word < n_words)[None, :])
+    if COPIED:
+        target = words + (plane * n_rows + rows[:, None]) * n_words + word[None, :]
+        tl.store(target, packed, mask=(word < n_words)[None, :])
 
     # A block holds 2 words a row: whether any bit is set, and whether all bits that exist are.
-    missing = tl.where((rows < seqlen_q)[:, None], _missing_bits(word, seqlen_k), -1)
+    missing = tl.where((rows < seqlen_q)[:, None], past, -1)
     some = tl.max(tl.reshape((packed != 0).to(tl.int32), [SUB, CHUNK // SUB, SUB // 32]), axis=2)
     whole = ((packed | missing) == -1).to(tl.int32)
     every = tl.min(tl.reshape(whole, [SUB, CHUNK // SUB, SUB // 32]), axis=2)

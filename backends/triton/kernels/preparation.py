@@ -12,7 +12,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from flash_sparse_attn.problem import AttentionProblem
+from flash_sparse_attn.packed_mask import with_dense_mask
+from flash_sparse_attn.problem import WORD_BITS, AttentionProblem
 from flash_sparse_attn.tensors import AttentionTensors
 
 from . import arguments, blocks, compaction, gates, packing, tiles, tuning
@@ -33,6 +34,8 @@ from .tuning import Tile
 
 PACK_CHUNK = 256
 """Keys that one program packs."""
+WORDS_CHUNK = 2048
+"""Keys that one program reads of a mask in bits."""
 LIST_CHUNK = 128
 """Tiles that one program classifies at a time."""
 
@@ -76,6 +79,8 @@ def prepare(
         The problem and the tensors that the kernels work on, every tensor `[B, S, H, D]`; the
         terms; and the slots of gathered keys.
     """
+    if problem.mask is not None and problem.mask[2] == 1:
+        problem, tensors = with_dense_mask(problem, tensors)
     if problem.block_map is not None and not blocks.fit(problem):
         problem, tensors = blocks.as_mask(problem, tensors)
     sequences = arguments.sequences(problem, tensors)
@@ -134,18 +139,23 @@ def _bias(problem: AttentionProblem, bias: Tensor, sequences: Sequences | None) 
 
 
 def _pack_mask(problem: AttentionProblem, mask: Tensor, block: int) -> PackedMask:
-    """Bits and block classes of a boolean `[{B,1}, {Hq,Hkv,1}, Sq, {Sk,1}]` mask.
+    """Bits and block classes of a mask, boolean `[{B,1}, {Hq,Hkv,1}, Sq, {Sk,1}]` or in bits.
 
-    A key dim of size 1 becomes one word, which every key reads.
+    A key dim of size 1 becomes one word, which every key reads. Contiguous bits that fill
+    whole tiles are read where they are.
     """
-    batch, heads, rows, keys = mask.shape
+    batch, heads, rows, keys = problem.mask
     n_rows = arguments.padded(rows)
-    n_words = 1 if keys == 1 else arguments.padded(keys) // 32
-    words = mask.new_empty((batch, heads, n_rows, n_words), dtype=torch.int32)
-    n_columns = ceil_div(n_words * 32, block)
+    n_words = 1 if keys == 1 else arguments.padded(keys) // WORD_BITS
+    pieces, keys_a_piece = _pieces(problem, mask)
+    whole = keys_a_piece == WORD_BITS and (n_rows, n_words * WORD_BITS) == (rows, keys)
+    words = mask
+    if not (whole and mask.is_contiguous()):
+        words = mask.new_empty((batch, heads, n_rows, n_words), dtype=torch.int32)
+    n_columns = ceil_div(n_words * WORD_BITS, block)
     classes = mask.new_empty((batch, heads, n_rows // block, n_columns), dtype=torch.int8)
-    grid = (batch * heads * (n_rows // block) * ceil_div(n_words * 32, PACK_CHUNK),)
-    pieces, keys_a_piece = _pieces(mask)
+    chunk = WORDS_CHUNK if keys_a_piece == WORD_BITS else PACK_CHUNK
+    grid = (batch * heads * (n_rows // block) * ceil_div(n_words * WORD_BITS, chunk),)
     packing.pack_mask_kernel[grid](
         pieces,
         *pieces.stride(),
@@ -157,17 +167,22 @@ def _pack_mask(problem: AttentionProblem, mask: Tensor, block: int) -> PackedMas
         n_words,
         heads,
         SUB=block,
-        CHUNK=PACK_CHUNK,
+        CHUNK=chunk,
         KEYS=keys_a_piece,
         ONE_KEY=keys == 1,
+        COPIED=words is not mask,
     )
     strides = [*broadcast_strides(words)[:2], n_words, int(keys > 1)]
     class_strides = [*broadcast_strides(classes)[:2], n_columns, int(keys > 1)]
     return PackedMask(words, *strides, problem.heads_q // heads, classes, *class_strides)
 
 
-def _pieces(mask: Tensor) -> tuple[Tensor, int]:
-    """The mask's bytes in pieces of four keys where its layout allows it, or of one."""
+def _pieces(problem: AttentionProblem, mask: Tensor) -> tuple[Tensor, int]:
+    """A mask in bits in pieces of `WORD_BITS` keys; the bytes of another in pieces of four keys
+    where its layout allows it, or of one.
+    """
+    if problem.mask_keys is not None:
+        return mask, WORD_BITS
     dense = mask.stride(3) == 1 and mask.shape[3] % 4 == 0 and mask.storage_offset() % 4 == 0
     if dense and all(stride % 4 == 0 for stride in mask.stride()[:3]):
         return mask.view(torch.int32), 4

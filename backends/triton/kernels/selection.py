@@ -1,28 +1,26 @@
 """M5 on the GPU: the rows at which a key is among the w best, without a matrix of pairs.
 
-`ranking` defines grades and cuts. As keys join, the cut between the w best and the others only
-rises, so a key leaves in the block of keys at whose end it is below the cut for the first time.
-Four launches, none of which waits for the host:
+`ranking` defines grades and cuts, `segments` how keys are divided and where lists lie. As keys
+join, the cut between the w best and the others only rises, so a key leaves in the block of keys at
+whose end it is below the cut for the first time. Four launches, none of which waits for the host,
+serve a batch and packed sequences:
 
 1. `grade_kernel` grades the keys, a segment a program, and lists the segment's *candidates*: its
    own w best, which hold every key of it that a later segment can meet.
-2. `inherit_kernel` cuts the candidates of all earlier segments and writes the *sequence* of its
+2. `inherit_kernel` cuts the candidates of all earlier segments and writes the *queue* of its
    segment, in order of position: the keys that it inherits, the w best so far, then those of its
    own that are not below the cut. The others never join.
-3. `cut_kernel` cuts the sequence at the end of each block of the segment's own keys.
+3. `cut_kernel` cuts the queue at the end of each block of the segment's own keys.
 4. `leave_kernel` finds the row at which each key that leaves in a block does so. Only keys between
    the cuts at both ends of the block are compared with others.
 
-Memory is O(S). Segments are of sqrt(S w) / 2 keys or more, so that all of them together cut 2 S
-candidates at most. Time is O(S) if keys rarely join, as of random scores; O(S sqrt(S w)) if all do,
-as of rising ones. Without causality segments share one cut, and two launches do.
+Memory is O(S); of packed sequences, O(T) and a block each. Segments are of sqrt(S w) / 2 keys or
+more, so that all of them together cut 2 S candidates at most. Time is O(S) if keys rarely join, as
+of random scores; O(S sqrt(S w)) if all do, as of rising ones. Without causality segments share one
+cut, and two launches do.
 """
 
 from __future__ import annotations
-
-import functools
-import math
-from typing import NamedTuple
 
 import torch
 import triton
@@ -44,36 +42,10 @@ from .ranking import (
     rank_of,
     total,
 )
-from .sizes import ceil_div
+from .segments import SIZES, Sizes, batched_segment, packed_segment, plan
 
 LOW_BITS = {torch.float16: 13, torch.bfloat16: 16, torch.float32: 0}
 """Low bits that are 0 in all grades of a dtype: those that float32 adds."""
-
-ALIGNMENT = 16
-"""Lengths of lists are multiples of this, which Triton notices: loads are wide."""
-
-
-class Sizes(NamedTuple):
-    """How work is divided; chunks and blocks are powers of two.
-
-    Attributes:
-        segment: keys of a segment, where neither w nor sqrt(S w) / 2 is more.
-        segment_chunk: keys that a program of a segment reads at a time; divides segments.
-        segment_warps: of such a program.
-        block: keys between two cuts; divides `segment_chunk`.
-        block_chunk: keys that a program of a block reads at a time.
-        block_warps: of such a program.
-    """
-
-    segment: int = 4096
-    segment_chunk: int = 2048
-    segment_warps: int = 8
-    block: int = 128
-    block_chunk: int = 1024
-    block_warps: int = 4
-
-
-SIZES = Sizes()
 
 
 @triton.jit
@@ -82,148 +54,200 @@ def _row(position, seqlen_q, seqlen_k):
     return tl.minimum(tl.maximum(position - (seqlen_k - seqlen_q), 0), seqlen_q)
 
 
+@triton.jit
+def _segment(
+    cu, sequences, plane, number, segments, segment, candidates, inherited, window, seqlen_q,
+    seqlen_k, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The segment of that number of a plane."""
+    if cu is None:
+        own = batched_segment(
+            plane, number, segments, segment, candidates, inherited, seqlen_q, seqlen_k, BLOCK
+        )
+    else:
+        own, _block = packed_segment(
+            cu, sequences, plane, number, segment, candidates, inherited, window, seqlen_k, False,
+            BLOCK,
+        )  # fmt: skip
+    return own
+
+
 @triton.jit(
     do_not_specialize=[
         "batch_stride", "head_stride", "key_stride", "keep_batch_stride", "keep_head_stride",
-        "keep_key_stride", "heads", "planes", "segments", "window", "low_bits", "seqlen_q",
-        "seqlen_k",
+        "keep_key_stride", "heads", "sequences", "planes", "segments", "window", "low_bits",
+        "seqlen_q", "seqlen_k",
     ]
 )  # fmt: skip
 def grade_kernel(
     scores, batch_stride, head_stride, key_stride, keep, keep_batch_stride, keep_head_stride,
-    keep_key_stride, heads, start, end, grades, candidate_grades, candidate_positions, planes,
-    segments, segment, candidates, window, low_bits, seqlen_q, seqlen_k, LIST: tl.constexpr,
-    CAUSAL: tl.constexpr, CHUNK: tl.constexpr,
+    keep_key_stride, heads, start, end, grades, candidate_grades, candidate_positions, cu,
+    sequences, planes, segments, segment, candidates, window, low_bits, seqlen_q, seqlen_k,
+    LIST: tl.constexpr, CAUSAL: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grades and candidates of a segment; grid segments * planes.
 
     Gives every key its rows as if none ever left; without causality, none to those that are not
     among the best of their segment.
     """
-    s = tl.program_id(0) // planes
     plane = (tl.program_id(0) % planes).to(tl.int64)
-    first_key = s * segment
+    own = _segment(
+        cu, sequences, plane, tl.program_id(0) // planes, segments, segment, candidates, 0, window,
+        seqlen_q, seqlen_k, BLOCK,
+    )  # fmt: skip
+    if own.places == 0:
+        return
     scores += (plane // heads) * batch_stride + (plane % heads) * head_stride
+    scores += own.token * key_stride
     if keep is not None:
         keep += (plane // heads) * keep_batch_stride + (plane % heads) * keep_head_stride
-    start += plane * seqlen_k
-    end += plane * seqlen_k
-    grades += (plane * segments + s) * segment
-    last_row = _row(seqlen_k, seqlen_q, seqlen_k)
-    for at in range(0, segment, CHUNK):
+        keep += own.token * keep_key_stride
+    start += plane * seqlen_k + own.token
+    end += plane * seqlen_k + own.token
+    grades += own.block * BLOCK
+    last_row = _row(own.seqlen_k, own.seqlen_q, own.seqlen_k)
+    for at in range(0, own.places, CHUNK):
         i = at + chunk_indices(CHUNK)
-        j = first_key + i
-        exists = j < seqlen_k
+        j = own.first + i
+        exists = j < own.seqlen_k
         grade = grade_of(tl.load(scores + j.to(tl.int64) * key_stride, mask=exists, other=0.0))
         takes_part = exists
         if keep is not None:
             kept = tl.load(keep + j.to(tl.int64) * keep_key_stride, mask=exists, other=0)
             takes_part = exists & (kept != 0)
-        tl.store(grades + i, tl.where(takes_part, grade, LOWEST))
-        first_row = _row(j, seqlen_q, seqlen_k) if CAUSAL else tl.zeros_like(j)
+        tl.store(grades + i, tl.where(takes_part, grade, LOWEST), mask=i < own.places)
+        first_row = _row(j, own.seqlen_q, own.seqlen_k) if CAUSAL else tl.zeros_like(j)
         tl.store(start + j, first_row, mask=exists)
         tl.store(end + j, tl.where(takes_part, last_row, first_row), mask=exists)
 
-    if LIST and (not CAUSAL or s + 1 < segments):
-        candidate_grades += (plane * segments + s) * candidates
-        candidate_positions += (plane * segments + s) * candidates
+    if LIST and (not CAUSAL or own.number + 1 < own.count):
+        candidate_grades += own.candidates + own.number * candidates
+        candidate_positions += own.candidates + own.number * candidates
         tl.debug_barrier()  # grades are read, and rows written, that other threads wrote
-        cut = find_cut(grades, 0, segment, window, low_bits, CHUNK)
+        cut = find_cut(grades, 0, own.places, window, low_bits, CHUNK)
         length = 0
-        for at in range(0, segment, CHUNK):
+        for at in range(0, own.places, CHUNK):
             i = at + chunk_indices(CHUNK)
-            j = first_key + i
-            grade = tl.load(grades + i)
+            j = own.first + i
+            grade = tl.load(grades + i, mask=i < own.places, other=LOWEST)
             best = rank_of(grade, i) >= cut
             length = append(candidate_grades, candidate_positions, length, grade, j, best)
             if not CAUSAL:
-                tl.store(end + j, tl.zeros_like(j), mask=(j < seqlen_k) & ~best)
-        clear(candidate_grades, length, candidates, CHUNK)
+                tl.store(end + j, tl.zeros_like(j), mask=(j < own.seqlen_k) & ~best)
+        clear(candidate_grades, length, tl.minimum(candidates, own.places), CHUNK)
 
 
-@triton.jit(do_not_specialize=["planes", "segments", "window", "low_bits", "seqlen_q", "seqlen_k"])
+@triton.jit(
+    do_not_specialize=[
+        "sequences", "planes", "segments", "window", "low_bits", "seqlen_q", "seqlen_k",
+    ]
+)  # fmt: skip
 def inherit_kernel(
-    end, grades, candidate_grades, candidate_positions, sequence_grades,
-    sequence_positions, arrivals, planes, segments, segment, candidates, inherited, window,
-    low_bits, seqlen_q, seqlen_k, CAUSAL: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    end, grades, candidate_grades, candidate_positions, queue_grades, queue_positions, arrivals,
+    cu, sequences, planes, segments, segment, candidates, inherited, window, low_bits, seqlen_q,
+    seqlen_k, CAUSAL: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The sequence of a segment; grid segments * planes.
+    """The queue of a segment; grid segments * planes.
 
-    The first `inherited` places of it are for the keys that the segment inherits; the first segment
-    leaves them as they are. `arrivals` counts the keys from there on, whose last block is whole.
-    Keys that never join get no rows. Without causality there are no sequences: candidates of the
+    It has `inherited` places for the keys that the segment inherits, of which the first segment
+    of a sequence makes no use. `arrivals` counts the keys behind them, whose last block is whole.
+    Keys that never join get no rows. Without causality there are no queues: candidates of the
     segment that are not among the best of all get no rows.
     """
-    s = segments - 1 - tl.program_id(0) // planes  # the longest first
     plane = (tl.program_id(0) % planes).to(tl.int64)
-    end += plane * seqlen_k
-    candidate_grades += plane * segments * candidates
-    candidate_positions += plane * segments * candidates
-    earlier = s * candidates
+    nth = segments - 1 - tl.program_id(0) // planes  # in a batch the longest first
+    own = _segment(
+        cu, sequences, plane, nth, segments, segment, candidates, inherited, window, seqlen_q,
+        seqlen_k, BLOCK,
+    )  # fmt: skip
+    if own.places == 0:
+        return
+    end += plane * seqlen_k + own.token
+    candidate_grades += own.candidates
+    candidate_positions += own.candidates
+    earlier = own.number * candidates
     if CAUSAL:
         cut = find_cut(candidate_grades, 0, earlier, window, low_bits, CHUNK)
-        sequence_grades += (plane * segments + s) * (inherited + segment)
-        sequence_positions += (plane * segments + s) * (inherited + segment)
-        if s > 0:
+        queue_grades += own.arrivals
+        queue_positions += own.arrivals
+        if own.number > 0:
+            inherited_grades = queue_grades - inherited
+            inherited_positions = queue_positions - inherited
             length = 0
             for at in range(0, earlier, CHUNK):
                 i = at + chunk_indices(CHUNK)
                 grade = tl.load(candidate_grades + i, mask=i < earlier, other=LOWEST)
                 best = rank_of(grade, i) >= cut
                 position = tl.load(candidate_positions + i, mask=best, other=0)
-                length = append(sequence_grades, sequence_positions, length, grade, position, best)
-            clear(sequence_grades, length, inherited, CHUNK)
-        sequence_grades += inherited
-        sequence_positions += inherited
-        grades += (plane * segments + s) * segment
+                length = append(
+                    inherited_grades, inherited_positions, length, grade, position, best
+                )
+            clear(inherited_grades, length, inherited, CHUNK)
+        grades += own.block * BLOCK
         length = 0
-        for at in range(0, segment, CHUNK):
+        for at in range(0, own.places, CHUNK):
             i = at + chunk_indices(CHUNK)
-            j = s * segment + i
-            grade = tl.load(grades + i)
+            j = own.first + i
+            grade = tl.load(grades + i, mask=i < own.places, other=LOWEST)
             joins = rank_of(grade, earlier + i) >= cut
-            length = append(sequence_grades, sequence_positions, length, grade, j, joins)
+            length = append(queue_grades, queue_positions, length, grade, j, joins)
             never = (grade > LOWEST) & ~joins
-            tl.store(end + j, _row(j, seqlen_q, seqlen_k), mask=never)
-        clear(sequence_grades, length, tl.cdiv(length, BLOCK) * BLOCK, CHUNK)
-        tl.store(arrivals + plane * segments + s, length)
+            tl.store(end + j, _row(j, own.seqlen_q, own.seqlen_k), mask=never)
+        clear(queue_grades, length, tl.cdiv(length, BLOCK) * BLOCK, CHUNK)
+        tl.store(arrivals + own.block, length)
     else:
-        cut = find_cut(candidate_grades, 0, segments * candidates, window, low_bits, CHUNK)
-        for at in range(earlier, earlier + candidates, CHUNK):
+        listed = (own.count - 1) * candidates + tl.minimum(candidates, own.last_places)
+        cut = find_cut(candidate_grades, 0, listed, window, low_bits, CHUNK)
+        behind = tl.minimum(earlier + candidates, listed)
+        for at in range(earlier, behind, CHUNK):
             i = at + chunk_indices(CHUNK)
-            own = i < earlier + candidates
-            grade = tl.load(candidate_grades + i, mask=own, other=LOWEST)
+            grade = tl.load(candidate_grades + i, mask=i < behind, other=LOWEST)
             hidden = (grade > LOWEST) & (rank_of(grade, i) < cut)
             j = tl.load(candidate_positions + i, mask=hidden, other=0)
             tl.store(end + j, tl.zeros_like(j), mask=hidden)
 
 
 @triton.jit
-def _block(planes, segments, segment, BLOCK: tl.constexpr):
-    """Plane, segment and block of a program of the grid blocks * segments * planes, those first
-    whose sequences are the longest.
+def _block(
+    cu, sequences, planes, segments, segment, inherited, window, seqlen_q, seqlen_k,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Plane, segment and number in it of the block of a program of the grid blocks * planes; in a
+    batch those first whose queues are the longest.
     """
     pid = tl.program_id(0)
     plane = (pid % planes).to(tl.int64)
-    s = pid // planes % segments
-    block = segment // BLOCK - 1 - pid // planes // segments
-    return plane, s, block
+    if cu is None:
+        own = batched_segment(
+            plane, pid // planes % segments, segments, segment, 0, inherited, seqlen_q, seqlen_k,
+            BLOCK,
+        )  # fmt: skip
+        block = segment // BLOCK - 1 - pid // planes // segments
+    else:
+        own, block = packed_segment(
+            cu, sequences, plane, pid // planes, segment, 0, inherited, window, seqlen_k, True,
+            BLOCK,
+        )  # fmt: skip
+    return plane, own, block
 
 
-@triton.jit(do_not_specialize=["planes", "segments", "window", "low_bits"])
+@triton.jit(do_not_specialize=["sequences", "planes", "segments", "window", "low_bits", "seqlen_k"])
 def cut_kernel(
-    sequence_grades, arrivals, cuts, planes, segments, segment, inherited, window, low_bits,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    queue_grades, arrivals, cuts, cu, sequences, planes, segments, segment, inherited, window,
+    low_bits, seqlen_k, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The cut at the end of a block of arrivals."""
-    plane, s, block = _block(planes, segments, segment, BLOCK)
-    row = plane * segments + s
-    if block * BLOCK < tl.load(arrivals + row):
-        sequence_grades += row * (inherited + segment)
-        begin = tl.where(s == 0, inherited, 0)
+    _plane, own, block = _block(
+        cu, sequences, planes, segments, segment, inherited, window, seqlen_k, seqlen_k, BLOCK
+    )
+    if own.places == 0:
+        return
+    if block * BLOCK < tl.load(arrivals + own.block):
+        queue_grades += own.arrivals - inherited
+        begin = tl.where(own.number == 0, inherited, 0)
         end = inherited + (block + 1) * BLOCK
-        cut = find_cut(sequence_grades, begin, end, window, low_bits, CHUNK)
-        tl.store(cuts + row * (segment // BLOCK) + block, cut)
+        cut = find_cut(queue_grades, begin, end, window, low_bits, CHUNK)
+        tl.store(cuts + own.block + block, cut)
 
 
 @triton.jit
@@ -259,10 +283,10 @@ def _nth_better(contest, length, rank, n):
     return nth
 
 
-@triton.jit(do_not_specialize=["planes", "segments", "window", "seqlen_q", "seqlen_k"])
+@triton.jit(do_not_specialize=["sequences", "planes", "segments", "window", "seqlen_q", "seqlen_k"])
 def leave_kernel(
-    end, sequence_grades, sequence_positions, arrivals, cuts, contests, planes, segments, segment,
-    inherited, window, seqlen_q, seqlen_k, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    end, queue_grades, queue_positions, arrivals, cuts, contests, cu, sequences, planes, segments,
+    segment, inherited, window, seqlen_q, seqlen_k, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The rows at which keys leave in a block of arrivals.
 
@@ -271,37 +295,40 @@ def leave_kernel(
     of the m above the cut before, then the arrivals. Outside of it, m - n earlier keys are better
     than a leaving key; so that one leaves with the (w - m + n)-th better key of the contest.
     """
-    plane, s, block = _block(planes, segments, segment, BLOCK)
-    row = plane * segments + s
-    if block * BLOCK < tl.load(arrivals + row):
-        end += plane * seqlen_k
-        sequence_grades += row * (inherited + segment)
-        sequence_positions += row * (inherited + segment)
-        cuts += row * (segment // BLOCK) + block
-        contest = contests + (row * (segment // BLOCK) + block) * (2 * BLOCK)
+    plane, own, block = _block(
+        cu, sequences, planes, segments, segment, inherited, window, seqlen_q, seqlen_k, BLOCK
+    )
+    if own.places == 0:
+        return
+    if block * BLOCK < tl.load(arrivals + own.block):
+        end += plane * seqlen_k + own.token
+        queue_grades += own.arrivals - inherited
+        queue_positions += own.arrivals - inherited
+        cuts += own.block + block
+        contest = contests + (own.block + block) * (2 * BLOCK)
         before = tl.load(cuts - 1, mask=block > 0, other=NO_CUT)
         after = tl.load(cuts)
 
-        begin = tl.where(s == 0, inherited, 0)
+        begin = tl.where(own.number == 0, inherited, 0)
         first = inherited + block * BLOCK
         i = first + tl.arange(0, BLOCK)
-        arrival = rank_of(tl.load(sequence_grades + i), i)
+        arrival = rank_of(tl.load(queue_grades + i), i)
         never = (arrival >= NO_CUT) & (arrival < before)
-        position = tl.load(sequence_positions + i, mask=never, other=0)
-        tl.store(end + position, _row(position, seqlen_q, seqlen_k), mask=never)
+        position = tl.load(queue_positions + i, mask=never, other=0)
+        tl.store(end + position, _row(position, own.seqlen_q, own.seqlen_k), mask=never)
 
         if after > before:
-            n, m = _meet(sequence_grades, begin, first, before, after, contest, CHUNK)
+            n, m = _meet(queue_grades, begin, first, before, after, contest, CHUNK)
             tl.store(contest + n + tl.arange(0, BLOCK), arrival)
             tl.debug_barrier()  # other threads read the contest
             k = tl.arange(0, 2 * BLOCK)
             rank = tl.load(contest + k, mask=k < n + BLOCK, other=NO_CUT - 1)
             leaves = (rank >= before) & (rank < after)
             last = _nth_better(contest, n + BLOCK, rank, window - m + n)
-            joined = tl.load(sequence_positions + index_of(rank), mask=leaves, other=0)
+            joined = tl.load(queue_positions + index_of(rank), mask=leaves, other=0)
             known = leaves & (last > NO_CUT)
-            left = tl.load(sequence_positions + index_of(last), mask=known, other=0)
-            left = _row(tl.maximum(left, joined), seqlen_q, seqlen_k)
+            left = tl.load(queue_positions + index_of(last), mask=known, other=0)
+            left = _row(tl.maximum(left, joined), own.seqlen_q, own.seqlen_k)
             tl.store(end + joined, left, mask=leaves)
 
 
@@ -311,6 +338,7 @@ def topk_intervals(
     window_size: int,
     causal: bool,
     key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None = None,
     sizes: Sizes = SIZES,
 ) -> tuple[Tensor, Tensor]:
     """(start, end) of M5, int32, of the shape to which scores and mask broadcast.
@@ -318,11 +346,13 @@ def topk_intervals(
     end = start where no row sees the key.
 
     Args:
-        scores: `[{B,1}, {H,1}, Sk]` of a dtype in `LOW_BITS`, any strides.
-        seqlen_q: Sq.
+        scores: `[{B,1}, {H,1}, Sk]` of a dtype in `LOW_BITS`, any strides; of packed sequences,
+            `[1, {H,1}, T]`.
+        seqlen_q: Sq; means nothing of packed sequences.
         window_size: w >= 1.
         causal: row i chooses among the keys j <= p_i; otherwise among all.
         key_padding_mask: bool, broadcastable with `scores`, any strides; True = takes part.
+        cu_seqlens: int32 `[sequences + 1]`, contiguous, boundaries of packed sequences.
         sizes: how work is divided.
     """
     keep, keep_strides = None, (0, 0, 0)
@@ -330,81 +360,53 @@ def topk_intervals(
         scores, keep = torch.broadcast_tensors(scores, key_padding_mask)
         keep_strides = keep.stride()
     batch, heads, seqlen_k = scores.shape
-    start, end = (scores.new_empty(scores.shape, dtype=torch.int32) for _ in range(2))
-    if start.numel() == 0:
+    sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    # Keys of no sequence are met by no program.
+    make = scores.new_empty if sequences is None else scores.new_zeros
+    start, end = (make(scores.shape, dtype=torch.int32) for _ in range(2))
+    if start.numel() == 0 or sequences == 0:
         return start, end
 
     planes = batch * heads
     window = min(window_size, seqlen_k)
     chooses = window < seqlen_k
-    segment, segments, blocks, candidates, inherited = _plan(seqlen_k, window, sizes)
+    own = plan(seqlen_k, window, sizes, sequences)
+    packed = cu_seqlens, sequences or 0
     low_bits = LOW_BITS[scores.dtype]
 
-    def space(per_segment: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return scores.new_empty(planes * segments * per_segment, dtype=dtype)
+    def space(per_plane: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return scores.new_empty(planes * per_plane, dtype=dtype)
 
-    listed = space(segment), space(candidates), space(candidates)
-    grid = (planes * segments,)
+    keys = own.blocks * sizes.block
+    listed = space(keys), space(own.listed), space(own.listed)
+    grid = (planes * own.segments,)
     grade_kernel[grid](
-        scores, *scores.stride(), keep, *keep_strides, heads, start, end, *listed, planes,
-        segments, segment, candidates, window, low_bits, seqlen_q, seqlen_k,
-        LIST=chooses and (segments > 1 or not causal), CAUSAL=causal, CHUNK=sizes.segment_chunk,
-        num_warps=sizes.segment_warps,
+        scores, *scores.stride(), keep, *keep_strides, heads, start, end, *listed, *packed, planes,
+        own.segments, own.segment, own.candidates, window, low_bits, seqlen_q, seqlen_k,
+        LIST=chooses and (own.inherited > 0 or not causal), CAUSAL=causal,
+        CHUNK=sizes.segment_chunk, BLOCK=sizes.block, num_warps=sizes.segment_warps,
     )  # fmt: skip
     if not chooses:
         return start, end
-    sequence = space(inherited + segment), space(inherited + segment)
-    arrivals = space(1)
+    queued = keys + own.inheriting * own.inherited
+    queue, arrivals = (space(queued), space(queued)), space(own.blocks)
     inherit_kernel[grid](
-        end, *listed, *sequence, arrivals, planes, segments, segment, candidates, inherited,
-        window, low_bits, seqlen_q, seqlen_k, CAUSAL=causal, CHUNK=sizes.segment_chunk,
-        BLOCK=sizes.block, num_warps=sizes.segment_warps,
+        end, *listed, *queue, arrivals, *packed, planes, own.segments, own.segment, own.candidates,
+        own.inherited, window, low_bits, seqlen_q, seqlen_k, CAUSAL=causal,
+        CHUNK=sizes.segment_chunk, BLOCK=sizes.block, num_warps=sizes.segment_warps,
     )  # fmt: skip
     if not causal:
         return start, end
-    cuts, contests = space(blocks, torch.int64), space(2 * segment, torch.int64)
-    grid = (planes * segments * blocks,)
+    cuts, contests = space(own.blocks, torch.int64), space(2 * keys, torch.int64)
+    grid = (planes * own.blocks,)
     cut_kernel[grid](
-        sequence[0], arrivals, cuts, planes, segments, segment, inherited, window, low_bits,
-        BLOCK=sizes.block, CHUNK=sizes.block_chunk, num_warps=sizes.block_warps,
+        queue[0], arrivals, cuts, *packed, planes, own.segments, own.segment, own.inherited,
+        window, low_bits, seqlen_k, BLOCK=sizes.block, CHUNK=sizes.block_chunk,
+        num_warps=sizes.block_warps,
     )  # fmt: skip
     leave_kernel[grid](
-        end, *sequence, arrivals, cuts, contests, planes, segments, segment, inherited, window,
-        seqlen_q, seqlen_k, BLOCK=sizes.block, CHUNK=sizes.block_chunk,
+        end, *queue, arrivals, cuts, contests, *packed, planes, own.segments, own.segment,
+        own.inherited, window, seqlen_q, seqlen_k, BLOCK=sizes.block, CHUNK=sizes.block_chunk,
         num_warps=sizes.block_warps,
     )  # fmt: skip
     return start, end
-
-
-class _Plan(NamedTuple):
-    """Lengths, in keys unless said otherwise.
-
-    Attributes:
-        segment: of a segment.
-        segments: how many.
-        blocks: how many a segment has.
-        candidates: places for the candidates of a segment.
-        inherited: places for the keys that a segment inherits.
-    """
-
-    segment: int
-    segments: int
-    blocks: int
-    candidates: int
-    inherited: int
-
-
-@functools.lru_cache(maxsize=1024)
-def _plan(seqlen_k: int, window: int, sizes: Sizes) -> _Plan:
-    segment = sizes.segment
-    if window < seqlen_k:
-        least = max(window, math.isqrt(seqlen_k * window) // 2)
-        segment = max(segment, _round_up(least, sizes.segment_chunk))
-    segments = ceil_div(seqlen_k, segment)
-    inherited = _round_up(window, sizes.block) if segments > 1 else 0
-    candidates = _round_up(min(window, segment), ALIGNMENT)
-    return _Plan(segment, segments, segment // sizes.block, candidates, inherited)
-
-
-def _round_up(length: int, unit: int) -> int:
-    return ceil_div(length, unit) * unit

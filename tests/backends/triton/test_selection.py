@@ -25,24 +25,30 @@ LENGTH = 16384
 
 
 def compiled(
-    arch: int, dtype: torch.dtype = torch.float32, window_size: int = 1024, causal: bool = True
+    arch: int,
+    dtype: torch.dtype = torch.float32,
+    window_size: int = 1024,
+    causal: bool = True,
+    packed: bool = False,
 ) -> dict[str, Kernel]:
     """The kernels of a call, in the order of their launches."""
     scores = torch.zeros(1, LENGTH, 2, dtype=dtype).transpose(1, 2)
     keep = torch.ones(1, 1, LENGTH, dtype=torch.bool)
+    cu_seqlens = torch.tensor([0, 5000, LENGTH], dtype=torch.int32) if packed else None
     with compiling_only(arch) as launches:
-        backend.topk_intervals(scores, LENGTH, window_size, causal, keep)
+        backend.topk_intervals(scores, LENGTH, window_size, causal, keep, cu_seqlens)
     return {
         name: Kernel(name, kernel.metadata.shared, _sass(kernel.asm["cubin"]))
         for name, kernel in launches
     }
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
-def test_causal(arch, dtype):
+def test_causal(arch, dtype, packed):
     """Four launches; every register is kept, and lists are read 16 bytes at a time."""
-    kernels = compiled(arch, dtype)
+    kernels = compiled(arch, dtype, packed=packed)
     assert list(kernels) == ["grade_kernel", "inherit_kernel", "cut_kernel", "leave_kernel"]
     for name, kernel in kernels.items():
         assert kernel.shared <= 8192, name
@@ -54,4 +60,6 @@ def test_causal(arch, dtype):
     ("window_size", "causal", "launches"), [(1024, False, 2), (LENGTH, True, 1), (LENGTH, False, 1)]
 )
 def test_launches_are_few(window_size, causal, launches):
-    assert len(compiled(90, window_size=window_size, causal=causal)) == launches
+    for packed in (False, True):
+        kernels = compiled(90, window_size=window_size, causal=causal, packed=packed)
+        assert len(kernels) == launches

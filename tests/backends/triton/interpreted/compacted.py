@@ -123,7 +123,7 @@ class Compacted:
         self.call = call
         with poisoned_memory("cpu"), checked_memory():
             prepared = preparation.prepare(call.problem, call.tensors, "backward")
-        self.tensors, self.terms, self.slots = prepared
+        _, self.tensors, self.terms, self.slots = prepared
         slots = self.slots
         self.planes = slots.first.shape[:2]
         n = math.prod(self.planes) * slots.segments

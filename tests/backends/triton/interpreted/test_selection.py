@@ -20,6 +20,7 @@ SIZES = selection.Sizes(
 )
 LENGTH = 44
 SEEDS = range(16)
+PACKED_SEEDS = range(10)
 NAN, INF = math.nan, math.inf
 PATTERNS = {
     "ascending": torch.arange(LENGTH).float(),
@@ -40,11 +41,13 @@ def check(
     window_size: int,
     causal: bool = True,
     keep: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     sizes: selection.Sizes = SIZES,
 ) -> None:
+    arguments = scores, seqlen_q, window_size, causal, keep, cu_seqlens
     with poisoned_memory("cpu"):
-        got = selection.topk_intervals(scores, seqlen_q, window_size, causal, keep, sizes)
-    start, end = reference.topk_intervals(scores, seqlen_q, window_size, causal, keep)
+        got = selection.topk_intervals(*arguments, sizes)
+    start, end = reference.topk_intervals(*arguments)
     for tensor, want in zip(got, (start, torch.maximum(start, end)), strict=True):
         assert tensor.dtype == torch.int32
         assert tensor.is_contiguous()
@@ -110,3 +113,61 @@ def test_random(seed):
     window_size = rng.choice([1, 2, 3, 10, 16, 20, seqlen_k])
     seqlen_q = rng.choice([seqlen_k, seqlen_k, 0, 1, seqlen_k // 2, seqlen_k + 9])
     check(scores, seqlen_q, window_size, rng.random() < 0.75, keep)
+
+
+def boundaries(*lengths: int, first: int = 0) -> Tensor:
+    return torch.tensor((first, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [(44,), (0,), (0, 0, 16, 0), (1, 1, 1), (8, 16, 17, 3), (40, 4), (4, 40)],
+    ids=str,
+)
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed(lengths, causal):
+    """Empty sequences, of one token, of whole segments and beyond; tokens behind the last."""
+    scores = PATTERNS["duplicates"][None, None]
+    check(scores, -1, 5, causal, cu_seqlens=boundaries(*lengths))
+
+
+@pytest.mark.parametrize("pattern", ["ascending", "descending", "special"])
+@pytest.mark.parametrize("window_size", [1, 20])
+def test_packed_patterns(pattern, window_size):
+    """Keys that all join, or never, and windows longer than a sequence."""
+    check(PATTERNS[pattern][None, None], -1, window_size, cu_seqlens=boundaries(3, 35, 6))
+
+
+def test_segments_of_packed_sequences_grow_with_their_length():
+    sizes = SIZES._replace(segment=8, segment_chunk=8, block=4)
+    check(Draw.seeded(7).normal(1, 1, 104), -1, 8, cu_seqlens=boundaries(60, 9, 35), sizes=sizes)
+
+
+def test_no_sequence_at_all():
+    start, end = selection.topk_intervals(
+        torch.zeros(1, 2, 9), -1, 3, True, None, boundaries(), SIZES
+    )
+    assert start.shape == end.shape == (1, 2, 9)
+    assert not start.any()
+    assert not end.any()
+
+
+@pytest.mark.parametrize("seed", PACKED_SEEDS)
+def test_packed_random(seed):
+    """Lengths, layouts, values, padding and window drawn from a seed."""
+    rng, draw = random.Random(seed), Draw.seeded(seed)
+    lengths = rng.choices([0, 1, 2, 7, 8, 15, 16, 17, 31, 33], k=rng.randint(1, 5))
+    cu_seqlens = boundaries(*lengths, first=rng.choice([0, 0, 3]))
+    tokens = int(cu_seqlens[-1]) + rng.choice([0, 1, 30])
+    heads = rng.choice([1, 2])
+    scores = draw.normal(1, tokens, rng.choice([1, heads])).transpose(1, 2)
+    if rng.random() < 0.5:
+        scores = (scores * 2).round()
+    if rng.random() < 0.3:
+        scores = scores.masked_fill(draw.coin(*scores.shape, share=0.3), rng.choice([NAN, -INF]))
+    keep = None
+    if rng.random() < 0.5:
+        keep = draw.coin(1, heads, tokens, share=rng.choice([0.1, 0.7]))
+    sizes = rng.choice([SIZES, SIZES._replace(segment=8, segment_chunk=8, block=4)])
+    window_size = rng.choice([1, 2, 5, 16, 40])
+    check(scores, -1, window_size, rng.random() < 0.75, keep, cu_seqlens, sizes)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from flash_sparse_attn.backends.triton.kernels import arguments, preparation, tuning
 from flash_sparse_attn.backends.triton.kernels.arguments import Bounds
-from flash_sparse_attn.backends.triton.kernels.tiles import key_tile_span, query_tile_span
+from flash_sparse_attn.backends.triton.kernels.spans import key_tile_span, query_tile_span
 from torch.nn import functional as F
 
 from flash_sparse_attn.masks import IntervalMask
@@ -121,7 +121,7 @@ def test_packed_mask(sizes, share):
     mask = Draw.seeded(1).coin(*sizes, share=share)
     mask[..., : rows // 2, : keys // 2] = True
     call = Call(rows, 5 if keys == 1 else keys, batch, (2, 2), {"mask": mask.mT.clone().mT})
-    _, terms, _ = preparation.prepare(call.problem, call.tensors, "forward")
+    *_, terms, _ = preparation.prepare(call.problem, call.tensors, "forward")
     packed = terms.mask
 
     bits = packed.words.unsqueeze(-1) >> torch.arange(32) & 1
@@ -243,7 +243,7 @@ def test_lists_of_tiles(case, tile, transposed):
     tensors = make(Draw.seeded(3), batch, heads[1], seqlen, seqlen)
     tensors["bias"] = torch.zeros(1, 1, seqlen, seqlen)  # of pairs: keys stay where they are
     call = Call(seqlen, seqlen, batch, heads, tensors, **options)
-    _, terms, slots = preparation.prepare(call.problem, call.tensors, "forward")
+    *_, terms, slots = preparation.prepare(call.problem, call.tensors, "forward")
     assert slots is None
     m, n = tile
     lists = preparation.list_tiles(
@@ -274,7 +274,7 @@ def test_lists_of_tiles(case, tile, transposed):
 
 def test_bounds_alone_need_no_lists():
     call = Call(70, 100, causal=True, window_left=5, sinks=3)
-    _, terms, slots = preparation.prepare(call.problem, call.tensors, "forward")
+    *_, terms, slots = preparation.prepare(call.problem, call.tensors, "forward")
     assert terms.ranges is None
     assert terms.mask is None
     assert slots is None
