@@ -70,6 +70,8 @@ class Sequences(NamedTuple):
     """What `place_tile` finds, int32 `[tiles, 8]`, for tiles of one size."""
     placed: Any
     """Whether `places` was filled in; without, each program searches for its sequence."""
+    gathered: Any
+    """Whether rows look at gathered keys, which lie on the one axis of slots."""
 
 
 class Place(NamedTuple):
@@ -177,7 +179,8 @@ class Blocks(NamedTuple):
 
 
 class Ranges(NamedTuple):
-    """The run of rows, first to last, that sees each key under every rule but a packed mask.
+    """The run of rows, first to last, that sees each key under every rule but a packed mask: rows
+    that exist.
 
     int32 `[{B,1}, {Hq,Hkv,1}, padded Sk]`, keys that do not exist hidden, and the extrema of both
     per block of keys, `[.., blocks, 4]`. Strides are 0 where broadcast.
@@ -195,12 +198,24 @@ class Ranges(NamedTuple):
     """Whether they hide anything that a packed mask does not."""
 
 
+class Segment(NamedTuple):
+    """Rows that have their keys gathered together, and the slots in which these lie."""
+
+    nth: int
+    """Its number among those of a plane."""
+    row: int
+    """Its first row, counted inside its sequence."""
+    slot: int
+    capacity: int
+    """How many slots it owns, from `slot` on."""
+
+
 class Slots(NamedTuple):
     """The compacted key axis: the keys that each segment of rows sees, by segment.
 
-    A segment owns `capacity` slots, of which the first `count` hold keys. Records of slots are
-    int32 `[planes, segments * capacity]`; a plane is a batch element and a key-value head, where
-    they have masks of their own.
+    A segment owns slots, of which the first `count` hold keys. Records of slots are int32
+    `[planes, total]`; a plane is a batch element and a key-value head, where they have masks of
+    their own. Keys are counted inside their sequence, their records laid out as `Ranges` are.
     """
 
     key: Tensor
@@ -208,16 +223,18 @@ class Slots(NamedTuple):
     count: Tensor
     """int32 `[planes, segments]`, keys that the segment sees; then a zero for each plane."""
     live: Tensor
-    """int32 `[planes, padded Sk]`, the keys that any segment sees, in their own order."""
+    """A record of keys: of each sequence those that any segment sees, in their own order."""
     live_count: Tensor
-    """int32 `[planes]`, how many they are."""
+    """int32 `[planes, sequences]`, how many they are; one sequence where they are not packed."""
     first: Tensor
     last: Tensor
     """Rows that see each key, as in `Ranges`, of all keys."""
     capacity: int
+    """Slots of a segment; packed, of one of a sequence that has as many keys."""
     rows: int
     """Rows of a segment."""
     segments: int
+    total: int
     plane_batch: int
     plane_head: int
     shared: Any
@@ -407,7 +424,8 @@ def sequences(problem: AttentionProblem, tensors: AttentionTensors) -> Sequences
         return None
     largest = tl.constexpr(power_of_2(problem.batch + 1))
     cu_q, cu_k = tensors.cu_seqlens_q.contiguous(), tensors.cu_seqlens_k.contiguous()
-    return Sequences(cu_q, cu_k, problem.batch, largest, cu_q, tl.constexpr(False))
+    no = tl.constexpr(False)
+    return Sequences(cu_q, cu_k, problem.batch, largest, cu_q, no, no)
 
 
 def tile_count(problem: AttentionProblem, length: int, size: int) -> int:

@@ -1,16 +1,9 @@
 """Compaction: each segment of rows has the keys that it sees gathered side by side.
 
 Where every rule on visibility is a run of rows per key (`Ranges`), the order of the keys means
-nothing to the attention kernels. Rows are cut into segments; the keys that some row of a segment
-sees are copied into the segment's slots, so that, however scattered they are among all keys, the
-tiles that a query tile visits hold little else. First come the keys that only leave inside the
-segment, by their last row; then those that stay or enter, in their own order, which is that of
-their first rows for every mask that the project makes. A query tile needs an end of the first and a
-beginning of the second: one span of slots.
-
-How many keys a segment sees must be bounded without looking at the data. `keys_per_row` bounds it:
-n rows see at most keys_per_row + n - 1 keys. Without it there is one segment, and all its keys keep
-their order.
+nothing to the attention kernels. Rows are cut into segments, each of one sequence; the keys that
+some row of a segment sees (`segment_keys`) are copied into the segment's slots (`slots`), so that,
+however scattered they are among all keys, the tiles that a query tile visits hold little else.
 """
 
 from __future__ import annotations
@@ -26,23 +19,11 @@ from torch import Tensor
 from flash_sparse_attn.problem import AttentionProblem, Form
 from flash_sparse_attn.tensors import AttentionTensors
 
-from . import arguments, tuning
+from . import arguments, segment_keys
 from .arguments import Bias, Ranges, Slots, Terms, broadcast_strides
 from .primitives import ALWAYS, NEVER, store_rows
 from .ranges import store_extrema
-from .sizes import ceil_div
-
-LIVE_CHUNK = 1024
-"""Keys from which one program takes those that any row sees."""
-ENTRIES = 1024
-"""Entries of a record that a program sums up, or compares, at a time."""
-CHUNK = 2048
-"""Live keys that a segment looks at at a time."""
-SORT_CHUNK = 256
-"""Leaving keys that it puts into order at a time."""
-SEGMENT_WARPS = 8
-BUCKETS = 16
-"""Into how many buckets leaving keys are put by their last row."""
+from .slots import keys_of_segment, longest, place_slot, plane_of
 
 
 class _KeyBias(NamedTuple):
@@ -57,155 +38,7 @@ class _KeyBias(NamedTuple):
     gathered_batch: int
 
 
-@triton.jit(do_not_specialize=["length"])
-def live_keys_kernel(
-    key,
-    key_first,
-    key_last,
-    count,
-    chunk_record,
-    first,
-    last,
-    live,
-    length,
-    SUB: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ENTRIES: tl.constexpr,
-):
-    """The keys of a chunk that any row sees, with their rows, behind those of all chunks before it;
-    of each chunk its start and end among them, its least first and greatest last row; grid planes *
-    chunks.
-    """
-    chunks = tl.cdiv(length, CHUNK)
-    chunk = tl.program_id(0) % chunks
-    plane = (tl.program_id(0) // chunks).to(tl.int64)
-    before = 0
-    for start in range(0, chunk * (CHUNK // SUB), ENTRIES):
-        block = start + tl.arange(0, ENTRIES)
-        earlier = block < chunk * (CHUNK // SUB)
-        before += tl.sum(tl.load(live + plane * (length // SUB) + block, mask=earlier, other=0), 0)
-    j = chunk * CHUNK + tl.arange(0, CHUNK)
-    enters = tl.load(first + plane * length + j, mask=j < length, other=NEVER)
-    leaves = tl.load(last + plane * length + j, mask=j < length, other=ALWAYS)
-    kept = (enters != NEVER).to(tl.int32)
-    at = before + tl.cumsum(kept, 0) - kept
-    tl.store(key + plane * length + at, j, mask=kept != 0)
-    tl.store(key_first + plane * length + at, enters, mask=kept != 0)
-    tl.store(key_last + plane * length + at, leaves, mask=kept != 0)
-    end = before + tl.sum(kept, 0)
-    entry = chunk_record + tl.program_id(0).to(tl.int64) * 4
-    tl.store(entry, before)
-    tl.store(entry + 1, end)
-    tl.store(entry + 2, tl.min(enters, 0))
-    tl.store(entry + 3, tl.max(leaves, 0))
-    if chunk == chunks - 1:
-        tl.store(count + plane, end)
-        tl.store(count + tl.num_programs(0) // chunks + plane, 0)
-
-
-@triton.jit(do_not_specialize=["seqlen_q", "length", "capacity", "segments", "rows"])
-def segment_keys_kernel(
-    key,
-    count,
-    unsorted,
-    live_key,
-    live_first,
-    live_last,
-    chunk_record,
-    last,
-    seqlen_q,
-    length,
-    capacity,
-    segments,
-    rows,
-    LIVE_CHUNK: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    CHUNK: tl.constexpr,
-    SORT_CHUNK: tl.constexpr,
-    BUCKETS: tl.constexpr,
-):
-    """The keys that the rows of one segment see, in the order of their slots; grid planes *
-    segments.
-    """
-    plane = (tl.program_id(0) // segments).to(tl.int64)
-    low = tl.program_id(0) % segments * rows
-    high = tl.minimum(low + rows, seqlen_q) - 1
-    slot = tl.program_id(0).to(tl.int64) * capacity
-    chunks = tl.cdiv(length, LIVE_CHUNK)
-    start = length
-    end = 0
-    for first_chunk in range(0, chunks, ENTRIES):
-        chunk = first_chunk + tl.arange(0, ENTRIES)
-        entry = chunk_record + (plane * chunks + chunk) * 4
-        some = tl.load(entry + 2, mask=chunk < chunks, other=NEVER) <= high
-        some = some & (tl.load(entry + 3, mask=chunk < chunks, other=ALWAYS) >= low)
-        chunk_start = tl.load(entry, mask=chunk < chunks, other=length)
-        chunk_end = tl.load(entry + 1, mask=chunk < chunks, other=0)
-        start = tl.minimum(start, tl.min(tl.where(some, chunk_start, length), 0))
-        end = tl.maximum(end, tl.max(tl.where(some, chunk_end, 0), 0))
-
-    # Scratch: keys that stay from the front, leaving ones from the back. Both are counted at once,
-    # 16 bits each.
-    n_staying = 0
-    n_leaving = 0
-    staying_at = unsorted + slot
-    leaving_at = unsorted + slot + capacity - 1
-    for live_at in range(start, end, CHUNK):
-        nth = live_at + tl.arange(0, CHUNK)
-        j = tl.load(live_key + plane * length + nth, mask=nth < end, other=0)
-        enters = tl.load(live_first + plane * length + nth, mask=nth < end, other=NEVER)
-        leaves = tl.load(live_last + plane * length + nth, mask=nth < end, other=ALWAYS)
-        seen = (enters <= high) & (leaves >= low)
-        leaving = (enters <= low) & (leaves < high)
-        kept = tl.where(seen, tl.where(leaving, 1 << 16, 1), 0)
-        before = tl.cumsum(kept, 0) - kept
-        at = n_staying + (before & 0xFFFF)
-        tl.store(staying_at + at, j, mask=seen & ~leaving & (at < capacity))
-        at = n_leaving + (before >> 16)
-        tl.store(leaving_at - at, j, mask=seen & leaving & (at < capacity))
-        kept = tl.sum(kept, 0)
-        n_staying += kept & 0xFFFF
-        n_leaving += kept >> 16
-    tl.debug_barrier()  # what one thread has written, others read
-
-    n_sort = tl.minimum(n_leaving, capacity)
-    bucket = tl.arange(0, BUCKETS)
-    sizes = tl.zeros([BUCKETS], tl.int32)
-    for start in range(0, n_sort, SORT_CHUNK):
-        nth = start + tl.arange(0, SORT_CHUNK)
-        j = tl.load(leaving_at - nth, mask=nth < n_sort, other=0)
-        sizes += tl.sum(_member(last + plane * length + j, nth < n_sort, low, rows, bucket), 0)
-    at = tl.cumsum(sizes, 0) - sizes
-    for start in range(0, n_sort, SORT_CHUNK):
-        nth = start + tl.arange(0, SORT_CHUNK)
-        j = tl.load(leaving_at - nth, mask=nth < n_sort, other=0)
-        member = _member(last + plane * length + j, nth < n_sort, low, rows, bucket)
-        place = tl.sum(member * (at[None, :] + tl.cumsum(member, 0) - 1), 1)
-        tl.store(key + slot + place, j, mask=nth < n_sort)
-        at += tl.sum(member, 0)
-    for start in range(0, tl.minimum(n_staying, capacity), CHUNK):
-        nth = start + tl.arange(0, CHUNK)
-        fits = (nth < n_staying) & (n_leaving + nth < capacity)
-        j = tl.load(staying_at + nth, mask=fits, other=0)
-        tl.store(key + slot + n_leaving + nth, j, mask=fits)
-    tl.store(count + tl.program_id(0), n_leaving + n_staying)
-    if low == 0:
-        planes = tl.num_programs(0) // segments
-        tl.store(count + planes * segments + plane, 0)
-
-
-@triton.jit
-def _member(last, exists, low, rows, bucket):
-    """1 where a leaving key belongs to a bucket, [keys, buckets]: those with near last rows are
-    near each other.
-    """
-    row = tl.load(last, mask=exists, other=0) - low
-    # 64-bit, as rows times buckets may exceed 2^31
-    nth = (row.to(tl.int64) * bucket.shape[0] // rows).to(tl.int32)
-    return ((nth[:, None] == bucket[None, :]) & exists[:, None]).to(tl.int32)
-
-
-@triton.jit(do_not_specialize=["heads_kv", "tiles", "length"])
+@triton.jit(do_not_specialize=["seqlen_q", "heads_kv", "tiles", "length"])
 def gather_keys_kernel(
     k,
     v,
@@ -213,11 +46,13 @@ def gather_keys_kernel(
     k_out,
     v_out,
     slots,
+    sequences,
     first,
     last,
     first_out,
     last_out,
     extrema,
+    seqlen_q,
     length,
     heads_kv,
     tiles,
@@ -237,23 +72,25 @@ def gather_keys_kernel(
     n = tl.program_id(0) % heads_kv
     tile = tl.program_id(0) // heads_kv % tiles
     b = tl.program_id(0) // (heads_kv * tiles)
-    plane = tl.cast(b * slots.plane_batch + n * slots.plane_head, tl.int64)
+    plane = plane_of(slots, b, n)
     start = tile * SUB
-    segment = start // slots.capacity
-    count = tl.load(slots.count + plane * slots.segments + segment)
-    within = start - segment * slots.capacity + tl.arange(0, SUB)
-    used = within < tl.minimum(count, slots.capacity)
+    place, _n_q, _n_k, segment, exists = place_slot(slots, sequences, seqlen_q, length, start)
+    count = keys_of_segment(slots, plane, segment, exists)
+    within = start - segment.slot + tl.arange(0, SUB)
+    used = within < tl.minimum(count, segment.capacity)
     slot = start + tl.arange(0, SUB)
-    record = plane * slots.segments * slots.capacity + slot
+    record = plane * slots.total + slot
     key = tl.load(slots.key + record, mask=used, other=0)
-    enters = tl.load(first + plane * length + key, mask=used, other=NEVER)
-    leaves = tl.load(last + plane * length + key, mask=used, other=ALWAYS)
+    range_at = plane * length + place.key_record + key
+    enters = tl.load(first + range_at, mask=used, other=NEVER)
+    leaves = tl.load(last + range_at, mask=used, other=ALWAYS)
+    key += place.key
     # Keys that keys_per_row left no slot for: every row of the segment sees the NaN below.
-    lost = count > slots.capacity
+    lost = count > segment.capacity
     enters = tl.where(used & lost, ALWAYS, enters)
     leaves = tl.where(used & lost, NEVER, leaves)
     store_extrema(extrema, plane * tiles + tile, enters, leaves)
-    if start // LARGEST * LARGEST - segment * slots.capacity < count:
+    if start // LARGEST * LARGEST - segment.slot < count:
         tl.store(first_out + record, enters)
         tl.store(last_out + record, leaves)
         _copy_rows(k, k_out, b, n, key, slot, used, False, D, BLOCK_D)
@@ -283,12 +120,14 @@ def _copy_rows(x, out, b, n, source, target, used, lost, D: tl.constexpr, BLOCK_
 
 def applies(problem: AttentionProblem) -> bool:
     """Whether a call is compacted: a mask of keys or intervals, nothing that depends on the pair,
-    and nothing that differs inside a group.
+    and nothing that differs inside a group; packed, only where `keys_per_row` is known.
     """
     if problem.intervals is None and problem.mask is None:
         return False
     other = {"gate", "block_map", "softmax_threshold"}
-    if problem.terms() & other or problem.form != Form.BATCHED or problem.dtype.itemsize == 8:
+    if problem.terms() & other or problem.form == Form.CACHE or problem.dtype.itemsize == 8:
+        return False
+    if problem.form == Form.PACKED and keys_per_row(problem) is None:
         return False
     pairs = [term for term in (problem.mask, problem.bias) if term is not None and term[2] != 1]
     if problem.mask in pairs or any(term[3] != 1 for term in pairs):
@@ -305,7 +144,7 @@ def keys_per_row(problem: AttentionProblem) -> int | None:
     left, right = problem.window_left, 0 if problem.causal else problem.window_right
     if left is not None and right is not None:
         known.append(left + right + 1 + problem.sinks)
-    return min(*known, problem.seqlen_k) if known else None
+    return min(*known, longest(problem)[1]) if known else None
 
 
 def compact(
@@ -318,85 +157,11 @@ def compact(
         tensors: of the call.
         terms: of the call, with ranges; a bias of keys is not read yet.
         live: int32 `[.., blocks]`, how many keys of each block any row sees.
-        rows: of a segment, a multiple of every tile's; where `keys_per_row` is unknown, one segment
-            holds all rows.
+        rows: of a segment, a multiple of every tile's; where `keys_per_row` is unknown, or no
+            sequence has more, one segment holds all rows.
     """
-    batch, heads, length = terms.ranges.first.shape
-    planes = batch * heads
-    chunks = planes * ceil_div(length, LIVE_CHUNK)
-    n = planes * length
-    record = terms.ranges.first.new_empty(3 * n + planes * 2 + chunks * 4)
-    *live_records, count, chunk_record = record.split((n, n, n, planes * 2, chunks * 4))
-    live_keys_kernel[(chunks,)](
-        *live_records,
-        count,
-        chunk_record,
-        terms.ranges.first,
-        terms.ranges.last,
-        live,
-        length,
-        SUB=terms.block,
-        CHUNK=LIVE_CHUNK,
-        ENTRIES=ENTRIES,
-    )
-    most = keys_per_row(problem)
-    rows = arguments.padded(problem.seqlen_q) if most is None else rows
-    segments = ceil_div(problem.seqlen_q, rows)
-    slots = Slots(
-        live_records[0],
-        count,
-        live_records[0],
-        count,
-        terms.ranges.first,
-        terms.ranges.last,
-        length,
-        rows,
-        segments,
-        heads if batch > 1 else 0,
-        int(heads > 1),
-        tl.constexpr(segments == 1),
-        tuning.parts(problem, live.device) if segments == 1 else 0,
-        tl.constexpr(most is not None),
-    )
-    if most is not None:
-        slots = _segment(problem, slots, most, live_records, chunk_record)
+    slots = segment_keys.live_slots(problem, terms, live, rows, keys_per_row(problem))
     return _gather(problem, tensors, terms, slots)
-
-
-def _segment(
-    problem: AttentionProblem,
-    live: Slots,
-    most: int,
-    live_records: list[Tensor],
-    chunk_record: Tensor,
-) -> Slots:
-    """Cut the slots of live keys into segments, of rows that see `most` keys each."""
-    length = live.capacity
-    capacity = min(length, arguments.padded(most + live.rows - 1))
-    planes = live.count.numel() // 2
-    n = planes * live.segments
-    record = live.key.new_empty(n * (2 * capacity + 1) + planes)
-    key, count, unsorted = record.split((n * capacity, n + planes, n * capacity))
-    segment_keys_kernel[(n,)](
-        key,
-        count,
-        unsorted,
-        *live_records,
-        chunk_record,
-        live.last,
-        problem.seqlen_q,
-        length,
-        capacity,
-        live.segments,
-        live.rows,
-        LIVE_CHUNK=LIVE_CHUNK,
-        ENTRIES=ENTRIES,
-        CHUNK=CHUNK,
-        SORT_CHUNK=SORT_CHUNK,
-        BUCKETS=BUCKETS,
-        num_warps=SEGMENT_WARPS,
-    )
-    return live._replace(key=key, count=count, capacity=capacity)
 
 
 def spans(problem: AttentionProblem, slots: Slots) -> bool:
@@ -410,26 +175,28 @@ def _gather(
     """k and v as `[B, slots, Hkv, D]` over memory that is contiguous per head, ranges and bias."""
     ranges = terms.ranges
     batch, heads, length = ranges.first.shape
-    total = slots.segments * slots.capacity
+    total = slots.total
     tiles = total // terms.block
-    shape = (problem.batch, problem.heads_kv, total)
+    shape = (arguments.records(problem), problem.heads_kv, total)
     k = tensors.k.new_empty((*shape, problem.head_dim)).transpose(1, 2)
     v = tensors.v.new_empty((*shape, problem.head_dim_v)).transpose(1, 2)
     first, last = (ranges.first.new_empty((batch, heads, total)) for _ in range(2))
     extrema = ranges.extrema.new_empty((batch, heads, tiles, 4))
     given, bias, bias_heads = _bias(problem, tensors.bias, batch, total)
-    gather_keys_kernel[(tiles * problem.batch * problem.heads_kv,)](
+    gather_keys_kernel[(tiles * shape[0] * problem.heads_kv,)](
         arguments.operand(tensors.k),
         arguments.operand(tensors.v),
         given,
         arguments.operand(k),
         arguments.operand(v),
         slots,
+        terms.sequences,
         ranges.first,
         ranges.last,
         first,
         last,
         extrema,
+        problem.seqlen_q,
         length,
         problem.heads_kv,
         tiles,
@@ -452,6 +219,9 @@ def _gather(
     )
     bounds = terms.bounds._replace(seqlen_k=total)
     terms = terms._replace(bounds=bounds, ranges=ranges, bias=terms.bias if bias is None else bias)
+    if terms.sequences is not None:
+        sequences = terms.sequences._replace(gathered=tl.constexpr(True))
+        terms = terms._replace(sequences=sequences)
     return replace(tensors, k=k, v=v), terms, slots
 
 

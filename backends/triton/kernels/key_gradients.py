@@ -11,7 +11,7 @@ from flash_sparse_attn.problem import AttentionProblem
 from flash_sparse_attn.tensors import AttentionTensors
 
 from . import arguments, bias_gradient, preparation, slot_sums, tuning
-from .arguments import Bounds, Place, RowTerms, Slots, Terms
+from .arguments import Bounds, RowTerms, Slots, Terms
 from .primitives import (
     LN2,
     load_alpha,
@@ -86,10 +86,10 @@ def key_gradients_kernel(
         if not exists:
             return
     else:
-        place = Place(part // n_parts, 0, 0, 0, 0, 0)
-        n_q = seqlen_q
         n_k = seqlen_k
-        tile_k, share, shares = part_of_plane(slots, place.batch, n, part % n_parts, BLOCK_N)
+        place, n_q, segment_q, tile_k, share, shares = part_of_plane(
+            slots, sequences, part // n_parts, n, part % n_parts, seqlen_q, seqlen_k, BLOCK_N
+        )
         if shares == 0:
             return
     bounds = Bounds(
@@ -124,8 +124,9 @@ def key_gradients_kernel(
         ddelta_acc = tl.zeros([BLOCK_N], ACC)
     if slots is not None:
         span = slot_tile_span(
-            slots, ranges, place, n * GROUP, tile_k, bounds.seqlen_q, BLOCK_M, BLOCK_N, SUB
-        )
+            slots, ranges, place, n * GROUP, tile_k, segment_q, bounds.seqlen_q,
+            BLOCK_M, BLOCK_N, SUB,
+        )  # fmt: skip
     elif lists is None:
         span = query_tile_span(bounds, start_k, BLOCK_M, BLOCK_N)
 
@@ -255,7 +256,9 @@ def key_gradients(
     if problem.needs("gate_k"):
         ddelta = rows.delta.new_empty((batch, problem.heads_kv, targets), dtype=sums_as)
     lists = preparation.list_tiles(problem, terms, slots, tile, transposed=True)
-    places = placed(terms.sequences, parts, tile.block_n, True)
+    places = terms.sequences
+    if slots is None:
+        places = placed(places, parts, tile.block_n, True)
     key_gradients_kernel[(parts * batch * problem.heads_kv,)](
         *arguments.sources(problem, tensors, do, tile),
         None if dk is None else arguments.operand(dk),
@@ -280,7 +283,7 @@ def key_gradients(
         **tile.options(),
     )
     if slots is not None:
-        dk, dv, sums = slot_sums.add_up(problem, slots, tile.block_n, dk, dv, sums)
+        dk, dv, sums = slot_sums.add_up(problem, slots, terms.sequences, tile.block_n, dk, dv, sums)
     for x in (dk, dv):
         if x is not None:
             clear_rest(terms.sequences, True, x)

@@ -282,16 +282,17 @@ def list_tiles(
     shape = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SUB": terms.block}
     if slots is not None and compaction.spans(problem, slots):
         index = terms.ranges.first.new_empty(batch * heads * own * 4)
-        tiles_k = slots.capacity // tile.block_n
         tiles.span_tiles_kernel[(batch * heads * own,)](
             index,
             *terms.bounds,
             terms.ranges,
+            terms.sequences,
             heads,
             heads_per_list,
+            own,
             slots.rows,
-            tiles_k,
-            TILES=power_of_2(tiles_k),
+            slots.capacity,
+            TILES=power_of_2(slots.capacity // tile.block_n),
             **shape,
         )
         return TileLists(index, index, 4, *strides, heads_per_list, tl.constexpr(True))

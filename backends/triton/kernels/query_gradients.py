@@ -81,10 +81,11 @@ def query_gradients_kernel(
     first_row = place.row + start_q
     end_row = place.row + bounds.seqlen_q
     end_key = place.key + bounds.seqlen_k
-    CUT: tl.constexpr = sequences is not None
+    PACKED: tl.constexpr = sequences is not None
+    CUT: tl.constexpr = PACKED and not sequences.gathered
     RAW: tl.constexpr = score.inner is None and gates is None and bias is None
 
-    own = nth if CUT else tile_q
+    own = nth if PACKED else tile_q
     tiles, n_full, n_partial = key_tiles(bounds, lists, place, h, tile_q, own, BLOCK_M, BLOCK_N)
 
     q_tile = load_tile(q, place.batch, h, first_row, end_row, BLOCK_M, D, BLOCK_D, True, False)

@@ -39,8 +39,8 @@ def key_ranges_kernel(
     SUB: tl.constexpr,
     RECORD: tl.constexpr,
 ):
-    """Rows that see each of SUB keys, their extrema, and how many of the keys any row sees; grid
-    batch * heads * blocks.
+    """Rows that see each of SUB keys, of those that exist, their extrema, and how many of the keys
+    any row sees; grid batch * heads * blocks.
 
     A hidden key starts never and has ended before it starts.
     """
@@ -76,8 +76,8 @@ def key_ranges_kernel(
         )
         exists = exists & (tl.load(keys.pointer + at, mask=exists, other=0) != 0)
     shown = exists & (first <= last) & (first < bounds.seqlen_q) & (last >= 0)
-    first = tl.where(shown, first, NEVER)
-    last = tl.where(shown, last, ALWAYS)
+    first = tl.where(shown, tl.maximum(first, 0), NEVER)
+    last = tl.where(shown, tl.minimum(last, bounds.seqlen_q - 1), ALWAYS)
     at = (tl.cast(plane, tl.int64) * blocks + block) * SUB + tl.arange(0, SUB)
     tl.store(first_row + at, first)
     tl.store(last_row + at, last)

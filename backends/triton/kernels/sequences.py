@@ -17,11 +17,47 @@ _RECORD: tl.constexpr = tl.constexpr(RECORD_BLOCK)
 
 
 @triton.jit
+def _extent(sequences, sequence):
+    """(row, key, seqlen_q, seqlen_k): where a sequence starts, and its lengths."""
+    row = uniform(tl.load(sequences.cu_q + sequence))
+    key = uniform(tl.load(sequences.cu_k + sequence))
+    seqlen_q = uniform(tl.load(sequences.cu_q + sequence + 1)) - row
+    seqlen_k = uniform(tl.load(sequences.cu_k + sequence + 1)) - key
+    return row, key, seqlen_q, seqlen_k
+
+
+@triton.jit
+def _place(sequence, row, key):
+    return Place(
+        0,
+        row,
+        key,
+        (row // _RECORD + sequence) * _RECORD,
+        (key // _RECORD + sequence) * _RECORD,
+        row // KEPT_ROWS + sequence,
+    )
+
+
+@triton.jit
+def place_sequence(sequences, sequence):
+    """(place, seqlen_q, seqlen_k) of a packed sequence."""
+    row, key, seqlen_q, seqlen_k = _extent(sequences, sequence)
+    return _place(sequence, row, key), seqlen_q, seqlen_k
+
+
+@triton.jit
+def sequence_of(place):
+    """Number of the packed sequence that lies there; 0 in a batch."""
+    return place.row_record // _RECORD - place.row // _RECORD
+
+
+@triton.jit
 def place_tile(
     seqlen_q, seqlen_k, sequences, nth, tiles, BLOCK: tl.constexpr, OF_KEYS: tl.constexpr
 ):
     """(place, seqlen_q, seqlen_k, tile, exists): where the nth tile of all rows or keys lies, the
-    lengths of its sequence, its number in there, and whether it holds any.
+    lengths of its sequence, its number in there, and whether it holds any. Where keys are gathered,
+    those of rows are all slots.
 
     `tiles` counts those of one batch element; it means nothing when packed.
     """
@@ -36,19 +72,17 @@ def place_tile(
             tile = uniform(tl.load(entry + 1))
             row = uniform(tl.load(entry + 2))
             key = uniform(tl.load(entry + 3))
-            seqlen_q = uniform(tl.load(entry + 4))
-            seqlen_k = uniform(tl.load(entry + 5))
+            n_q = uniform(tl.load(entry + 4))
+            n_k = uniform(tl.load(entry + 5))
         else:
-            sequence, tile, row, key, seqlen_q, seqlen_k = _search(sequences, nth, BLOCK, OF_KEYS)
-        place = Place(
-            0,
-            row,
-            key,
-            (row // _RECORD + sequence) * _RECORD,
-            (key // _RECORD + sequence) * _RECORD,
-            row // KEPT_ROWS + sequence,
-        )
-        exists = tile * BLOCK < (seqlen_k if OF_KEYS else seqlen_q)
+            sequence, tile, row, key, n_q, n_k = _search(sequences, nth, BLOCK, OF_KEYS)
+        place = _place(sequence, row, key)
+        seqlen_q = n_q
+        exists = tile * BLOCK < (n_k if OF_KEYS else n_q)
+        if sequences.gathered and not OF_KEYS:
+            place = Place(0, row, 0, place.row_record, 0, place.row_block)
+        else:
+            seqlen_k = n_k
     return place, seqlen_q, seqlen_k, tile, exists
 
 
@@ -60,10 +94,7 @@ def _search(sequences, nth, BLOCK: tl.constexpr, OF_KEYS: tl.constexpr):
     present = b < sequences.count
     first = tl.load(cu + b, mask=present, other=0) // BLOCK + b
     sequence = uniform(tl.sum((present & (first <= nth)).to(tl.int32), 0) - 1)
-    row = uniform(tl.load(sequences.cu_q + sequence))
-    key = uniform(tl.load(sequences.cu_k + sequence))
-    seqlen_q = uniform(tl.load(sequences.cu_q + sequence + 1)) - row
-    seqlen_k = uniform(tl.load(sequences.cu_k + sequence + 1)) - key
+    row, key, seqlen_q, seqlen_k = _extent(sequences, sequence)
     tile = nth - ((key if OF_KEYS else row) // BLOCK + sequence)
     return sequence, tile, row, key, seqlen_q, seqlen_k
 

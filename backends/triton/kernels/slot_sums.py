@@ -14,14 +14,17 @@ from torch import Tensor
 from flash_sparse_attn.problem import AttentionProblem
 
 from . import arguments
-from .arguments import Slots
+from .arguments import Place, Sequences, Slots
 from .primitives import ALWAYS, NEVER, store_rows
+from .segment_keys import live_count_of
+from .sequences import place_tile
 from .sizes import ceil_div, power_of_2
+from .slots import keys_of_segment, place_slot, plane_of
 
 COUNT_CHUNK = 1024
 """Keys that one program counts."""
 INDEX_CHUNK = 128
-"""Slots that one program enters into the index; every capacity is a multiple."""
+"""Slots that one program enters into the index; every segment owns a multiple."""
 KEYS = 16
 """Keys that one program clears, and adds up."""
 
@@ -30,12 +33,7 @@ def parts_of_plane(slots: Slots, block_n: int) -> int:
     """Programs of a plane: one for each tile of slots or, with one segment, as many as are wanted
     at least.
     """
-    return max(slots.segments * slots.capacity // block_n, slots.parts)
-
-
-@triton.jit
-def _plane(slots, b, n):
-    return tl.cast(b * slots.plane_batch + n * slots.plane_head, tl.int64)
+    return max(slots.total // block_n, slots.parts)
 
 
 @triton.jit
@@ -46,71 +44,73 @@ def _shares(slots, plane, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def part_of_plane(slots, b, n, part, BLOCK_N: tl.constexpr):
-    """(tile, share, shares): which of how many shares of which tile of slots a part is; 0 shares if
-    the tile holds no key.
+def part_of_plane(slots, sequences, b, n, part, seqlen_q, seqlen_k, BLOCK_N: tl.constexpr):
+    """(place, seqlen_q, start_q, tile, share, shares): where a part's rows lie, how many rows its
+    sequence has, the first of its segment, and which of how many shares of which tile of slots it
+    is; 0 shares if the tile holds no key.
     """
-    if slots is None:
+    plane = plane_of(slots, b, n)
+    if slots.shared:
+        shares = _shares(slots, plane, BLOCK_N)
+        tile = part // shares
+        share = part % shares
+    else:
         tile = part
         share = 0
-        shares: tl.constexpr = 1
-    else:
-        plane = _plane(slots, b, n)
-        if slots.shared:
-            shares = _shares(slots, plane, BLOCK_N)
-            tile = part // shares
-            share = part % shares
-        else:
-            tile = part
-            share = 0
-            shares = 1
-        segment = tl.minimum(tile * BLOCK_N // slots.capacity, slots.segments - 1)
-        count = tl.load(slots.count + plane * slots.segments + segment)
-        shares = tl.where(tile * BLOCK_N - segment * slots.capacity < count, shares, 0)
-    return tile, share, shares
+        shares = 1
+    place, seqlen_q, _n_k, segment, exists = place_slot(
+        slots, sequences, seqlen_q, seqlen_k, tile * BLOCK_N
+    )
+    count = keys_of_segment(slots, plane, segment, exists)
+    shares = tl.where(tile * BLOCK_N - segment.slot < count, shares, 0)
+    place = Place(b, place.row, 0, place.row_record, 0, 0)
+    return place, seqlen_q, segment.row, tile, share, shares
 
 
 @triton.jit
-def _segments_of_key(slots, at, exists, seqlen_q):
-    """The first segment that sees a key, and how many do."""
-    first = tl.maximum(tl.load(slots.first + at, mask=exists, other=NEVER), 0)
-    last = tl.minimum(tl.load(slots.last + at, mask=exists, other=ALWAYS), seqlen_q - 1)
+def _segments_of_key(slots, at, exists):
+    """The first segment of its sequence that sees a key, and how many do."""
+    first = tl.load(slots.first + at, mask=exists, other=NEVER)
+    last = tl.load(slots.last + at, mask=exists, other=ALWAYS)
     seen = first <= last
     start = tl.where(seen, first, 0) // slots.rows
     return start, tl.where(seen, last // slots.rows - start + 1, 0)
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "length"])
-def count_slots_kernel(offset, slots, seqlen_q, length, CHUNK: tl.constexpr):
-    """Where each key's slots start in the index; grid planes * chunks.
+@triton.jit(do_not_specialize=["length"])
+def count_slots_kernel(offset, slots, length, CHUNK: tl.constexpr):
+    """Where each key's slots start in the index, a record; grid planes * chunks.
 
     Chunks take their places as they come: where a key's slots are noted does not change what they
     are, nor the order in which they are added up.
     """
     chunks = tl.cdiv(length, CHUNK)
     plane = (tl.program_id(0) // chunks).to(tl.int64)
-    j = tl.program_id(0) % chunks * CHUNK + tl.arange(0, CHUNK)
-    _, times = _segments_of_key(slots, plane * length + j, j < length, seqlen_q)
+    at = tl.program_id(0) % chunks * CHUNK + tl.arange(0, CHUNK)
+    _, times = _segments_of_key(slots, plane * length + at, at < length)
     taken = slots.count + tl.num_programs(0) // chunks * slots.segments + plane
     before = tl.atomic_add(taken, tl.sum(times, 0), sem="relaxed")
-    tl.store(offset + plane * length + j, before + tl.cumsum(times, 0) - times, mask=j < length)
+    tl.store(offset + plane * length + at, before + tl.cumsum(times, 0) - times, mask=at < length)
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "length"])
-def index_slots_kernel(index, offset, slots, seqlen_q, length, CHUNK: tl.constexpr):
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "length"])
+def index_slots_kernel(
+    index, offset, slots, sequences, seqlen_q, seqlen_k, length, CHUNK: tl.constexpr
+):
     """Enter CHUNK slots under their keys, by segment; grid planes * chunks."""
-    total = slots.segments * slots.capacity
-    chunks = total // CHUNK
+    chunks = slots.total // CHUNK
     plane = (tl.program_id(0) // chunks).to(tl.int64)
-    slot = tl.program_id(0) % chunks * CHUNK + tl.arange(0, CHUNK)
-    segment = slot // slots.capacity
-    count = tl.load(slots.count + plane * slots.segments + segment)
-    used = slot - segment * slots.capacity < count
-    key = tl.load(slots.key + plane * total + slot, mask=used, other=0)
-    start, times = _segments_of_key(slots, plane * length + key, used, seqlen_q)
-    used = used & (times > 0)  # a key may be seen by none but rows that do not exist
-    place = tl.load(offset + plane * length + key, mask=used, other=0) + segment - start
-    tl.store(index + plane * total + place, slot, mask=used & (place < total))
+    chunk = tl.program_id(0) % chunks
+    slot = chunk * CHUNK + tl.arange(0, CHUNK)
+    place, _n_q, _n_k, segment, exists = place_slot(
+        slots, sequences, seqlen_q, seqlen_k, chunk * CHUNK
+    )
+    used = slot - segment.slot < keys_of_segment(slots, plane, segment, exists)
+    key = tl.load(slots.key + plane * slots.total + slot, mask=used, other=0)
+    at = plane * length + place.key_record + key
+    start, _times = _segments_of_key(slots, at, used)
+    nth = tl.load(offset + at, mask=used, other=0) + segment.row // slots.rows - start
+    tl.store(index + plane * slots.total + nth, slot, mask=used & (nth < slots.total))
 
 
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "length", "n_targets", "heads_kv"])
@@ -122,6 +122,7 @@ def sum_slots_kernel(
     dv,
     dbias,
     slots,
+    sequences,
     offset,
     index,
     seqlen_q,
@@ -135,42 +136,51 @@ def sum_slots_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
     KEYS: tl.constexpr,
+    RECORD: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """dk, dv and dbias, each None if not wanted; grid key tiles * batch * kv heads.
+    """dk, dv and dbias, each None if not wanted; grid tiles of the record * batch * kv heads.
 
     A program clears the gradients of those of KEYS keys that no row sees, and adds up those of KEYS
-    others: the nth live ones, since live keys that lie far apart would leave it idle.
+    others of the sequence: the nth live ones, since live keys that lie far apart would leave it
+    idle.
     """
     n = tl.program_id(0) % heads_kv
-    tiles = tl.cdiv(seqlen_k, KEYS)
-    tile = tl.program_id(0) // heads_kv % tiles
+    tiles = length // KEYS
+    start = tl.program_id(0) // heads_kv % tiles * KEYS
     b = tl.program_id(0) // (heads_kv * tiles)
-    plane = _plane(slots, b, n)
+    plane = plane_of(slots, b, n)
+    place, _n_q, n_k, block, _exists = place_tile(
+        seqlen_q, seqlen_k, sequences, start // RECORD, length // RECORD, RECORD, True
+    )
+    record = plane * length + place.key_record
     head = (tl.cast(b, tl.int64) * heads_kv + n) * GROUP
     g = tl.arange(0, BLOCK_G)
-    nth_key = tile * KEYS + tl.arange(0, KEYS)
+    nth_key = block * RECORD + start % RECORD + tl.arange(0, KEYS)
     dk_acc = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([KEYS, BLOCK_DV], tl.float32)
     dbias_acc = tl.zeros([KEYS, BLOCK_G], tl.float32)
 
-    exists = nth_key < seqlen_k
-    _, times = _segments_of_key(slots, plane * length + nth_key, exists, seqlen_q)
+    exists = nth_key < n_k
+    _, times = _segments_of_key(slots, record + nth_key, exists)
     dead = exists & (times == 0)
+    key = place.key + nth_key
     if dk is not None:
-        store_rows(dk, b, n, nth_key, dead, dk_acc, D, BLOCK_D)
+        store_rows(dk, b, n, key, dead, dk_acc, D, BLOCK_D)
     if dv is not None:
-        store_rows(dv, b, n, nth_key, dead, dv_acc, DV, BLOCK_DV)
+        store_rows(dv, b, n, key, dead, dv_acc, DV, BLOCK_DV)
     if dbias is not None:
         keep = dead[:, None] & (g < GROUP)[None, :]
-        tl.store(dbias + (head + g)[None, :] * seqlen_k + nth_key[:, None], dbias_acc, mask=keep)
+        tl.store(dbias + (head + g)[None, :] * seqlen_k + key[:, None], dbias_acc, mask=keep)
 
-    exists = nth_key < tl.load(slots.live_count + plane)
-    j = tl.load(slots.live + plane * length + nth_key, mask=exists, other=0)
-    _, times = _segments_of_key(slots, plane * length + j, exists, seqlen_q)
-    start = tl.load(offset + plane * length + j, mask=exists, other=0)
-    start += plane * slots.segments * slots.capacity
+    exists = nth_key < tl.load(live_count_of(slots.live_count, sequences, plane, place))
+    j = tl.load(slots.live + record + nth_key, mask=exists, other=0)
+    _, times = _segments_of_key(slots, record + j, exists)
+    start = tl.load(offset + record + j, mask=exists, other=0)
+    times = tl.minimum(times, slots.total - start)  # where keys_per_row left some no slot
+    start += plane * slots.total
+    key = place.key + j
     shares = 1
     if slots.shared:
         shares = _shares(slots, plane, BLOCK_N)
@@ -184,12 +194,12 @@ def sum_slots_kernel(
         if dv is not None:
             dv_acc += _load_rows(dv_parts, b, n, target, has, DV, BLOCK_DV)
     if dk is not None:
-        store_rows(dk, b, n, j, exists, dk_acc, D, BLOCK_D)
+        store_rows(dk, b, n, key, exists, dk_acc, D, BLOCK_D)
     if dv is not None:
-        store_rows(dv, b, n, j, exists, dv_acc, DV, BLOCK_DV)
+        store_rows(dv, b, n, key, exists, dv_acc, DV, BLOCK_DV)
     if dbias is not None:
         keep = exists[:, None] & (g < GROUP)[None, :]
-        tl.store(dbias + (head + g)[None, :] * seqlen_k + j[:, None], dbias_acc, mask=keep)
+        tl.store(dbias + (head + g)[None, :] * seqlen_k + key[:, None], dbias_acc, mask=keep)
 
 
 @triton.jit
@@ -213,6 +223,7 @@ def _load_rows(x, b, n, rows, has, D: tl.constexpr, BLOCK_D: tl.constexpr):
 def add_up(
     problem: AttentionProblem,
     slots: Slots,
+    sequences: Sequences | None,
     block_n: int,
     dk_parts: Tensor | None,
     dv_parts: Tensor | None,
@@ -224,41 +235,41 @@ def add_up(
     Args:
         problem: of the call.
         slots: of its keys.
+        sequences: of a packed call, for which B is 1 and Sk counts the keys of all.
         block_n: keys of a tile of `key_gradients_kernel`.
         dk_parts, dv_parts: float32 `[B, parts * block_n, Hkv, {D,Dv}]`, or None.
         dbias_parts: float32 `[B, Hkv, parts * block_n, G]`, or None.
     """
-    planes, total = slots.first[..., 0].numel(), slots.segments * slots.capacity
-    length = slots.first.shape[-1]
-    record = slots.key.new_empty(planes * (length + total))
-    offset, index = record[: planes * length], record[planes * length :]
+    planes, length = slots.first[..., 0].numel(), slots.first.shape[-1]
+    lengths = (problem.seqlen_q, problem.seqlen_k, length)
+    sizes = (planes * length, planes * slots.total)
+    offset, index = slots.key.new_empty(sum(sizes)).split(sizes)
     count_slots_kernel[(planes * ceil_div(length, COUNT_CHUNK),)](
-        offset, slots, problem.seqlen_q, length, CHUNK=COUNT_CHUNK
+        offset, slots, length, CHUNK=COUNT_CHUNK
     )
-    index_slots_kernel[(planes * (total // INDEX_CHUNK),)](
-        index, offset, slots, problem.seqlen_q, length, CHUNK=INDEX_CHUNK
+    index_slots_kernel[(planes * (slots.total // INDEX_CHUNK),)](
+        index, offset, slots, sequences, *lengths, CHUNK=INDEX_CHUNK
     )
-    keys = (problem.batch, problem.seqlen_k, problem.heads_kv)
+    batch = arguments.records(problem)
+    keys = (batch, problem.seqlen_k, problem.heads_kv)
     dk, dv = (
         None if part is None else part.new_empty((*keys, part.shape[3]), dtype=problem.dtype)
         for part in (dk_parts, dv_parts)
     )
     dbias = None
     if dbias_parts is not None:
-        dbias = dbias_parts.new_empty((problem.batch, problem.heads_q, problem.seqlen_k))
+        dbias = dbias_parts.new_empty((batch, problem.heads_q, problem.seqlen_k))
     targets = parts_of_plane(slots, block_n) * block_n
-    tiles = ceil_div(problem.seqlen_k, KEYS)
-    sum_slots_kernel[(tiles * problem.batch * problem.heads_kv,)](
+    sum_slots_kernel[(length // KEYS * batch * problem.heads_kv,)](
         *(None if x is None else arguments.operand(x) for x in (dk_parts, dv_parts)),
         dbias_parts,
         *(None if x is None else arguments.operand(x) for x in (dk, dv)),
         dbias,
         slots,
+        sequences,
         offset,
         index,
-        problem.seqlen_q,
-        problem.seqlen_k,
-        length,
+        *lengths,
         targets,
         problem.heads_kv,
         D=problem.head_dim,
@@ -267,6 +278,7 @@ def add_up(
         BLOCK_DV=arguments.block_width(problem.head_dim_v),
         BLOCK_N=block_n,
         KEYS=KEYS,
+        RECORD=arguments.RECORD_BLOCK,
         GROUP=problem.group,
         BLOCK_G=power_of_2(problem.group),
     )

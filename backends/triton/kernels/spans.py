@@ -86,15 +86,15 @@ def slot_tile_span(
     place,
     h,
     tile_k,
+    start_q,
     seqlen_q,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SUB: tl.constexpr,
 ):
     """Query tiles of one tile of slots, as `query_tile_span`: those between the first row that sees
-    one of its keys and the last.
+    one of its keys and the last. Its segment starts at row `start_q`.
     """
-    start_q = tile_k * BLOCK_N // slots.capacity * slots.rows
     end_q = tl.minimum(start_q + slots.rows, seqlen_q)
     at = (
         ranges.extrema

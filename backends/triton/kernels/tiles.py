@@ -12,10 +12,11 @@ partial ones from its back.
 import triton
 import triton.language as tl
 
-from .arguments import Bounds, Place
+from .arguments import Bounds
 from .packing import EMPTY, FULL
 from .primitives import ALWAYS, KEPT_KEYS, KEPT_ROWS, NEVER
-from .sequences import place_tile
+from .sequences import place_tile, sequence_of
+from .slots import segment_of_row
 
 
 @triton.jit
@@ -220,7 +221,9 @@ def list_tiles_kernel(
     tl.store(counts + list_at * 2 + 1, n_partial)
 
 
-@triton.jit(do_not_specialize=[*Bounds._fields, "heads", "heads_per_list", "rows", "tiles"])
+@triton.jit(
+    do_not_specialize=[*Bounds._fields, "heads", "heads_per_list", "n_own", "rows", "capacity"]
+)
 def span_tiles_kernel(
     index,
     seqlen_q,
@@ -230,34 +233,40 @@ def span_tiles_kernel(
     left_sinks,
     right_sinks,
     ranges,
+    sequences,
     heads,
     heads_per_list,
+    n_own,
     rows,
-    tiles,
+    capacity,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SUB: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """The span of one query tile among the `tiles` tiles of its segment's slots, of which there are
-    TILES at most; grid batch * list heads * query tiles.
+    """The span of one query tile among the tiles of its segment's slots, of which there are TILES
+    at most; grid batch * list heads * `n_own` query tiles.
 
     Full are those of the first run of full tiles.
     """
-    bounds = Bounds(seqlen_q, seqlen_k, left, right, left_sinks, right_sinks)
-    tiles_q = tl.cdiv(bounds.seqlen_q, BLOCK_M)
-    tile_q = tl.program_id(0) % tiles_q
-    plane = tl.program_id(0) // tiles_q
-    b = plane // heads
+    own = tl.program_id(0) % n_own
+    plane = tl.program_id(0) // n_own
     h = (plane % heads) * heads_per_list
-    start = tile_q * BLOCK_M // rows * tiles
+    nth = plane // heads * n_own + own
+    place, n_q, n_k, tile_q, exists = place_tile(
+        seqlen_q, seqlen_k, sequences, nth, n_own, BLOCK_M, False
+    )
+    if not exists:
+        return
+    bounds = Bounds(n_q, n_k, left, right, left_sinks, right_sinks)
+    segment = segment_of_row(sequences, sequence_of(place), tile_q * BLOCK_M, rows, capacity)
+    start = segment.slot // BLOCK_N
     nth = tl.arange(0, TILES)
-    place = Place(b, 0, 0, 0, 0, 0)
     some, whole = classify(
         tile_q, start + nth, place, h, bounds, None, None, ranges, BLOCK_M, BLOCK_N, SUB
     )
-    some = some & (nth < tiles)
-    whole = whole & (nth < tiles)
+    some = some & (nth < segment.capacity // BLOCK_N)
+    whole = whole & (nth < segment.capacity // BLOCK_N)
     low = tl.min(tl.where(some, nth, TILES), 0)
     high = tl.max(tl.where(some, nth + 1, 0), 0)
     low = tl.minimum(low, high)

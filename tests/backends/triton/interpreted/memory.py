@@ -37,17 +37,20 @@ def checked_memory() -> Iterator[None]:
         return placed
 
     def load(builder: Any, pointers: Any, mask: Any, *rest: Any, **keywords: Any) -> Any:
-        launch.loads(pointers.data[mask.data.astype(bool)], _size(pointers))
+        launch.loads(pointers.data[np.asarray(mask.data, bool)], _size(pointers))
         return _load(builder, pointers, mask, *rest, **keywords)
 
     def store(builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> None:
-        elements = pointers.data[mask.data.astype(bool)], value.data[mask.data.astype(bool)]
+        elements = (
+            pointers.data[np.asarray(mask.data, bool)],
+            value.data[np.asarray(mask.data, bool)],
+        )
         launch.stores(*elements)
         _store(builder, pointers, value, mask, *rest)
         launch.stored(*elements)
 
     def update(builder: Any, kind: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        launch.updates(pointers.data[mask.data.astype(bool)], _size(pointers))
+        launch.updates(pointers.data[np.asarray(mask.data, bool)], _size(pointers))
         return _update(builder, kind, pointers, value, mask, *rest)
 
     with (

@@ -10,9 +10,16 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from flash_sparse_attn.backends.triton.kernels import arguments, compaction, preparation, tuning
+from flash_sparse_attn.backends.triton.kernels import (
+    arguments,
+    compaction,
+    preparation,
+    segment_keys,
+    tuning,
+)
+from flash_sparse_attn.backends.triton.kernels.arguments import Place
 from flash_sparse_attn.backends.triton.kernels.sizes import ceil_div
-from flash_sparse_attn.backends.triton.kernels.tiles import slot_tile_span
+from flash_sparse_attn.backends.triton.kernels.spans import slot_tile_span
 from torch.nn import functional as F
 
 from .calls import TOLERANCE, Draw, check
@@ -35,9 +42,9 @@ def test_slots_of_segments(case, chunks, monkeypatch):
     number of keys is unknown, all by key.
     """
     for name, size in chunks.items():
-        monkeypatch.setattr(compaction, name, size)
+        monkeypatch.setattr(segment_keys, name, size)
     found = Compacted(CALLS[case](Draw.seeded(1)))
-    rows = found.slots.rows
+    rows = min(found.slots.rows, found.call.problem.seqlen_q)
     for visible, keys in found.segments():
         assert sorted(keys) == visible.any(0).nonzero().flatten().tolist()
         if not found.slots.ordered.value:
@@ -47,7 +54,7 @@ def test_slots_of_segments(case, chunks, monkeypatch):
         enters = seen.int().argmax(0)
         leaves = rows - 1 - F.pad(seen, (0, 0, 0, rows - len(seen))).flip(0).int().argmax(0)
         stays = (enters > 0) | (leaves == len(seen) - 1)
-        bucket = torch.where(stays, compaction.BUCKETS, leaves * compaction.BUCKETS // rows)
+        bucket = torch.where(stays, segment_keys.BUCKETS, leaves * segment_keys.BUCKETS // rows)
         order = list(zip(bucket.tolist(), keys, strict=True))
         assert enters[stays].tolist() == sorted(enters[stays].tolist())
         assert order == sorted(order)
@@ -188,11 +195,13 @@ def test_key_tiles(case, tile):
 def slot_spans_kernel(
     out, slots, ranges, heads, seqlen_q, M: tl.constexpr, N: tl.constexpr, SUB: tl.constexpr
 ):
-    tiles = slots.segments * slots.capacity // N
+    tiles = slots.total // N
     tile = tl.program_id(0) % tiles
     plane = tl.program_id(0) // tiles
+    place = Place(plane // heads, 0, 0, 0, 0, 0)
+    start_q = tile * N // slots.capacity * slots.rows
     low, full_low, full_high, high = slot_tile_span(
-        slots, ranges, plane // heads, plane % heads, tile, seqlen_q, M, N, SUB
+        slots, ranges, place, plane % heads, tile, start_q, seqlen_q, M, N, SUB
     )
     tl.store(out + tl.program_id(0) * 4, low)
     tl.store(out + tl.program_id(0) * 4 + 1, full_low)
@@ -209,7 +218,7 @@ def test_query_tiles_of_slots(case, tile):
     m, n = tile
     found = compacted(case)
     problem, slots = found.call.problem, found.slots
-    shape = (problem.batch, problem.heads_q, slots.segments * slots.capacity // n)
+    shape = (problem.batch, problem.heads_q, slots.total // n)
     spans = torch.full((*shape, 4), -1, dtype=torch.int32)
     with checked_memory():
         slot_spans_kernel[(math.prod(shape),)](
@@ -241,7 +250,7 @@ def test_query_tiles_of_slots(case, tile):
 def test_tiles_of_half_a_block(dtype, monkeypatch):
     """As those of float32 are on a GPU: one block's rows bound what a tile sees."""
     monkeypatch.setattr(tuning, "INTERPRETED_MASK_BLOCK", 64)
-    kernels = ("forward", "key_gradients", "query_gradient")
+    kernels = ("forward", "key_gradients", "query_gradients")
     call = Call(
         150, 200, 1, (2, 1), top_keys(Draw.seeded(4), 150, 200, heads=1), 16, dtype, keys_per_row=20
     )

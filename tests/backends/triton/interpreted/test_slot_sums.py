@@ -30,7 +30,9 @@ COUNT_CHUNK = 32
 def parts_kernel(out, slots, heads_kv, n_parts, BLOCK_N: tl.constexpr):
     part = tl.program_id(0) % n_parts
     plane = tl.program_id(0) // n_parts
-    tile, share, shares = part_of_plane(slots, plane // heads_kv, plane % heads_kv, part, BLOCK_N)
+    _place, _n_q, _start_q, tile, share, shares = part_of_plane(
+        slots, None, plane // heads_kv, plane % heads_kv, part, 0, 0, BLOCK_N
+    )
     tl.store(out + tl.program_id(0) * 3, tile)
     tl.store(out + tl.program_id(0) * 3 + 1, share)
     tl.store(out + tl.program_id(0) * 3 + 2, shares)
@@ -67,16 +69,23 @@ def index_of(found):
     """(offset, index) of each plane."""
     problem, slots = found.call.problem, found.slots
     planes, length = math.prod(found.planes), slots.first.shape[-1]
-    total = slots.segments * slots.capacity
+    total = slots.total
     slots = slots._replace(count=slots.count.clone())  # which the kernel adds to
     offset, index = torch.full((planes, length), -1), torch.full((planes, total), -1)
     offset, index = offset.int(), index.int()
     with checked_memory():
         slot_sums.count_slots_kernel[(planes * ceil_div(length, COUNT_CHUNK),)](
-            offset, slots, problem.seqlen_q, length, CHUNK=COUNT_CHUNK
+            offset, slots, length, CHUNK=COUNT_CHUNK
         )
         slot_sums.index_slots_kernel[(planes * total // slot_sums.INDEX_CHUNK,)](
-            index, offset, slots, problem.seqlen_q, length, CHUNK=slot_sums.INDEX_CHUNK
+            index,
+            offset,
+            slots,
+            None,
+            problem.seqlen_q,
+            problem.seqlen_k,
+            length,
+            CHUNK=slot_sums.INDEX_CHUNK,
         )
     return offset, index
 
@@ -106,7 +115,7 @@ def test_sums(case):
     """
     found = compacted(case)
     draw, slots = Draw.seeded(3), found.slots
-    problem = replace(found.call.problem, head_dim=12)
+    problem = replace(found.call.problem, head_dim=12, head_dim_v=12)
     n_parts = slot_sums.parts_of_plane(slots, BLOCK_N)
     batch, heads_kv = problem.batch, problem.heads_kv
     work = parts_of(found)[..., 2].bool().repeat_interleave(BLOCK_N, 2)
@@ -120,7 +129,7 @@ def test_sums(case):
     for _ in range(2):
         fresh = slots._replace(count=slots.count.clone())
         with poisoned_memory("cpu"), checked_memory():
-            runs.append(slot_sums.add_up(problem, fresh, BLOCK_N, dk, dv, dbias))
+            runs.append(slot_sums.add_up(problem, fresh, None, BLOCK_N, dk, dv, dbias))
     for x, y in zip(*runs, strict=True):
         assert same_bits(x, y)
 
@@ -146,7 +155,7 @@ def test_sums_that_are_not_wanted():
     slots = found.slots._replace(count=found.slots.count.clone())
     targets = slot_sums.parts_of_plane(slots, BLOCK_N) * BLOCK_N
     dbias = torch.ones(problem.batch, problem.heads_kv, targets, problem.group)
-    dk, dv, sums = slot_sums.add_up(problem, slots, BLOCK_N, None, None, dbias)
+    dk, dv, sums = slot_sums.add_up(problem, slots, None, BLOCK_N, None, None, dbias)
     assert dk is None
     assert dv is None
     times = (found.keys[..., None] == torch.arange(problem.seqlen_k)).sum(2)
