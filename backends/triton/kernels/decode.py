@@ -36,6 +36,8 @@ REPEATS_TESTED = 1024
 """Longest lists whose keys a tile compares with all before them; longer ones are rid of repeats
 first, by a kernel.
 """
+FAST_FLOAT64 = (80, 90, 100)
+"""Compute capabilities whose matrix units take float64 at a rate that decoding does not notice."""
 MERGED_COLUMNS = 64
 MERGED_ELEMENTS = 4096
 """Columns of a program that merges splits, and elements that it loads at a time."""
@@ -196,6 +198,7 @@ class _Call:
         self.width = arguments.block_width(problem.head_dim)
         self.width_v = arguments.block_width(problem.head_dim_v)
         self.precision = arguments.precision(problem)
+        self.wide = problem.arch is None or problem.arch in FAST_FLOAT64
 
     def attend(self, o: Tensor, lse: Tensor, highest: Tensor | None) -> None:
         """O1 of every split."""
@@ -204,8 +207,8 @@ class _Call:
             arguments.operand(self.tensors.q), k, v, o, lse, highest, self.lengths, self.pages,
             self.listed, arguments.score(self.problem), *self.bounds, *self.terms, *self.sizes,
             D=self.problem.head_dim, DV=self.problem.head_dim_v, BLOCK_D=self.width,
-            BLOCK_DV=self.width_v, PRECISION=self.precision, FINAL=self.cut.splits == 1,
-            TMA=isinstance(k, TensorDescriptor),
+            BLOCK_DV=self.width_v, PRECISION=self.precision, WIDE=self.wide,
+            FINAL=self.cut.splits == 1, TMA=isinstance(k, TensorDescriptor),
             **self.tile,
         )  # fmt: skip
 
@@ -233,7 +236,7 @@ class _Call:
         scores_kernel[self.grid](
             arguments.operand(q), k, pairs, score_lse, counts, highest, self.lengths, self.pages,
             arguments.score(problem), *self.bounds, *self.terms, *self.sizes,
-            D=problem.head_dim, BLOCK_D=self.width, **common,
+            D=problem.head_dim, BLOCK_D=self.width, WIDE=self.wide, **common,
         )  # fmt: skip
         kept_kernel[self.grid](
             pairs, v, o, lse, kept, score_lse, counts, self.lengths, self.pages,

@@ -16,6 +16,7 @@ from .decode_tiles import (
     load_keys,
     load_rows,
     place,
+    products,
     rows_of,
     share,
     tile_scores,
@@ -58,7 +59,7 @@ def attend_kernel(
     heads_kv, group, tiles_i, tiles_g, splits,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, FINAL: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, FINAL: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """O1 of one split; k and v are both descriptors (TMA), or neither is.
 
@@ -96,7 +97,7 @@ def attend_kernel(
                 at = find_keys(here, mine, listed, pages, t, BLOCK_N, TMA)
             k_tile = load_keys(k, here.n, at, D, BLOCK_D, BLOCK_N, False)
             v_tile = load_keys(v, here.n, at, DV, BLOCK_DV, BLOCK_N, CUT)
-            x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=ACC)
+            x = products(q_tile, k_tile, PRECISION, WIDE, ACC)
             s = tile_scores(
                 x, here, bounds, score,
                 Terms(mask, start, end, blocks, bias, alpha, delta, gating),

@@ -22,6 +22,7 @@ from .decode_tiles import (
     load_rows,
     part,
     place,
+    products,
     rows_of,
     share,
     tile_scores,
@@ -39,7 +40,8 @@ def scores_kernel(
     mask, start, end, blocks, bias, alpha, delta, gating,
     heads_kv, group, tiles_i, tiles_g, splits,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_N: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_N: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """Scores `[B, Hq, Sq, Sk]` in base 2 of all keys up to each length; of every split the lse, in
     base 2, and the number of visible keys of each row, `[B, Hq, Sq, splits]`.
@@ -61,7 +63,7 @@ def scores_kernel(
     for t in range(mine.first, mine.end):
         at = find_keys(here, mine, None, pages, t, BLOCK_N, TMA)
         k_tile = load_keys(k, here.n, at, D, BLOCK_D, BLOCK_N, False)
-        x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=ACC)
+        x = products(q_tile, k_tile, PRECISION, WIDE, ACC)
         s, keep = tile_scores(
             x, here, bounds, score,
             Terms(mask, start, end, blocks, bias, alpha, delta, gating),

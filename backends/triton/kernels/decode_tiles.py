@@ -260,6 +260,21 @@ def visible(place, bounds, terms, j, inside):
 
 
 @triton.jit
+def products(q_tile, k_tile, PRECISION: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr):
+    """<q_i, k_j> of a tile (S1).
+
+    With WIDE, those of float32 are summed in float64: a sum whose first terms are large loses a
+    rounding of theirs with every later one, and decoding waits for memory anyway.
+    """
+    if WIDE and q_tile.dtype == tl.float32:
+        wide = tl.trans(k_tile.to(tl.float64))
+        x = tl.dot(q_tile.to(tl.float64), wide, out_dtype=tl.float64).to(ACC)
+    else:
+        x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=ACC)
+    return x
+
+
+@triton.jit
 def tile_scores(
     x, place, bounds, score, terms, floor, j, inside, ACC: tl.constexpr, WHOLE: tl.constexpr
 ):

@@ -273,10 +273,12 @@ def list_tiles(
     if terms.sequences is not None:
         longest_q, longest_k = problem.max_seqlen_q, problem.max_seqlen_k
     own = arguments.rows_of_tiles(problem, terms.bounds.seqlen_q, tile.block_m)
-    other = ceil_div(longest_k, tile.block_n)
+    other = max(
+        1, ceil_div(longest_k, tile.block_n)
+    )  # loops ask for a first tile, whatever follows
     if transposed:
         own = arguments.rows_of_tiles(problem, terms.bounds.seqlen_k, tile.block_n)
-        other = ceil_div(longest_q, tile.block_m)
+        other = max(1, ceil_div(longest_q, tile.block_m))
     strides = (0 if batch == 1 else heads * own, 0 if heads == 1 else own)
     heads_per_list = problem.heads_q // heads
     shape = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SUB": terms.block}

@@ -27,7 +27,7 @@ SEQLEN = 2048
 segments of rows where each sees few keys.
 """
 KEYS_PER_ROW = 128
-HOT = ("forward_kernel", "key_gradients_kernel", "query_gradient_kernel", "bias_gradient_kernel")
+HOT = ("forward_kernel", "key_gradients_kernel", "query_gradients_kernel", "bias_gradient_kernel")
 
 LARGEST_SPILL = 0.08
 """Share of a hot loop's instructions that may move spilled registers; more of them show in time."""

@@ -171,7 +171,7 @@ def test_runs_of_rows(terms, bounds):
     """
     tensors = KEY_TERMS[terms](Draw.seeded(2))
     call = Call(70, 100, 2, (4, 2), tensors, **bounds)
-    ranges, live = preparation.key_ranges(call.problem, call.tensors, BLOCK)
+    ranges, live = preparation.key_ranges(call.problem, call.tensors, None, BLOCK)
 
     i = torch.arange(70)[:, None]
     runs = (ranges.first[:, :, None] <= i) & (i <= ranges.last[:, :, None])
