@@ -12,7 +12,8 @@ from flash_sparse_attn import registry
 
 from ..conformance import compare
 from ..conformance.test_cases import expected, run
-from .mutants import MUTANTS, Mutant
+from .mutant import Mutant
+from .mutants import MUTANTS
 
 PACKAGE = "flash_sparse_attn.reference"
 
