@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, resources, util
@@ -121,6 +122,17 @@ def get_available_backends() -> list[str]:
     The reference can be used everywhere and comes last.
     """
     return [name for name in (*names(), REFERENCE) if not availability(name)]
+
+
+@cache
+def first_with(function: str) -> Callable[..., Any] | None:
+    """The function of that name of the first available backend that has one; None if none has."""
+    for name in names():
+        if not availability(name):
+            found = getattr(load(name), function, None)
+            if found is not None:
+                return found
+    return None
 
 
 def option_name(name: str) -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -61,7 +58,7 @@ def _topk_intervals(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if scores.is_cuda and scores.dtype in KERNEL_DTYPES:
-        implementation = _on_gpu()
+        implementation = registry.first_with("topk_intervals") or _by_reference
     else:
         implementation = _by_reference
     packed = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens.contiguous()}
@@ -81,17 +78,6 @@ def _topk_intervals_fake(
         shape = torch.broadcast_shapes(shape, key_padding_mask.shape)
     start, end = (scores.new_empty(shape, dtype=torch.int32) for _ in range(2))
     return start, end
-
-
-@functools.cache
-def _on_gpu() -> Callable[..., tuple[Tensor, Tensor]]:
-    """The selection of the first available backend that has one, or that of the reference."""
-    for name in registry.names():
-        if not registry.availability(name):
-            kernel = getattr(registry.load(name), "topk_intervals", None)
-            if kernel is not None:
-                return kernel
-    return _by_reference
 
 
 def _by_reference(*arguments: object, **packed: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,6 @@ do not depend on how many tokens came before.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -335,22 +333,11 @@ def _admit(
     """
     implementation = admit_by_operations
     if key.is_cuda and score_cache.dtype == torch.float32:
-        implementation = _on_gpu()
+        implementation = registry.first_with("admit") or admit_by_operations
     implementation(
         key_cache, value_cache, score_cache, position, held, seqlen, key, value, scores,
         key_padding_mask,
     )  # fmt: skip
-
-
-@functools.cache
-def _on_gpu() -> Callable[..., None]:
-    """`admit` of the first available backend that has it, or PyTorch's operations."""
-    for name in registry.names():
-        if not registry.availability(name):
-            kernel = getattr(registry.load(name), "admit", None)
-            if kernel is not None:
-                return kernel
-    return admit_by_operations
 
 
 def admit_by_operations(

@@ -28,7 +28,7 @@ RTOL = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 LARGE = (128, 128)
 """Rows and keys of a block that no tile of a backend exceeds."""
-FAIR_SHARE = 0.3
+FAIR_SHARE = 0.9
 """Of the certainly droppable pairs; tiles that are visited before anything is known are kept."""
 
 

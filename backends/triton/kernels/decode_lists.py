@@ -77,6 +77,6 @@ def once(problem: AttentionProblem, tensors: AttentionTensors) -> Tensor:
         problem.heads_kv,
         CHUNK=CHUNK,
         num_warps=WARPS,
-        num_stages=1,  # a chunk read ahead would miss what this one writes
+        num_stages=1,  # nothing is read ahead across what other threads write
     )
     return result
