@@ -92,8 +92,10 @@ def shown(line: Line | None, other: Line | None, asked: dict[str, Any]) -> float
 
 
 def met(value: float, asked: dict[str, Any]) -> bool:
-    """Whether a figure keeps its bound."""
-    return value >= asked["least"] if asked["most"] is None else value <= asked["most"]
+    """Whether a figure keeps its bound; one without a bound keeps none."""
+    if asked["least"] is not None:
+        return value >= asked["least"]
+    return asked["most"] is not None and value <= asked["most"]
 
 
 def contenders(records: list[Record], ours: bool) -> list[str]:

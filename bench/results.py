@@ -43,7 +43,8 @@ class Row:
         notes: what a reader of the numbers must know.
         errors: relative error of "o", "q", ... against the reference, on some rows; what else has
             a bound (`check.BOUNDS`).
-        figures: what was measured of the call apart from its time.
+        figures: what was measured of the call apart from `times`: its time without a graph, where
+            those are of graphs; what its module measures.
         first_call_ms: wall time of the first call, compilation included.
         setup_ms: time of what is built once a mask, not in `times`.
         memory_setup: bytes of what was built once and stays.

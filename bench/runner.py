@@ -288,9 +288,25 @@ def _race(
         row, ready = entered[name]
         rates = _rates(quantity, ready, problem, timed.median_ms)
         row.times[quantity] = asdict(timed) | rates
+    if problem.settings.graph and features.of(problem.settings.command):
+        _time_host(quantity, entered, problem)
     for row, _ in entered.values():
         shown = quantity in row.times
         print(report.timed(row, quantity) if shown else report.refusal(row), flush=True)
+
+
+def _time_host(quantity: str, entered: dict[str, tuple[Row, Prepared]], problem: _Problem) -> None:
+    """Our calls without a graph, baselines apart: a figure that shows what the host costs."""
+    device, seconds = problem.device, problem.settings.seconds
+    for name, (row, ready) in entered.items():
+        if row.ours and not row.question and quantity in row.times:
+            case, inputs = ready.answers or (problem.case, problem.inputs)
+            call = calls.of(quantity, ready, case, inputs, graph=False)
+            timings, raised = timing.measure({name: call}, device, seconds)
+            if raised:
+                _blame(row, raised[name])
+            else:
+                row.figures[f"{quantity} without a graph (ms)"] = timings[name].median_ms
 
 
 def _rates(

@@ -100,7 +100,7 @@ def _asked(records: list[Record]) -> list[str]:
 
 
 def _figures(records: list[Record]) -> list[str]:
-    """What was measured of our calls apart from their time."""
+    """What else was measured of our calls."""
     lines = [
         f"- {line['contender']}, {record['name']}: "
         + ", ".join(f"{name} {value:.3g}" for name, value in line["figures"].items())
@@ -117,7 +117,9 @@ def _kept(value: float | None, asked: dict[str, Any]) -> str:
 
 
 def _bound(asked: dict[str, Any]) -> str:
-    return f"≥ {asked['least']:g}" if asked["most"] is None else f"≤ {asked['most']:g}"
+    if asked["least"] is not None:
+        return f"≥ {asked['least']:g}"
+    return NONE if asked["most"] is None else f"≤ {asked['most']:g}"
 
 
 def _of_ours(records: list[Record], contender: str) -> list[str]:

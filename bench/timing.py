@@ -59,14 +59,20 @@ def captured(call: Call) -> Call:
 
     Warm-up and capture run on one side stream. A backward runs on the stream of its forward, so
     `call` builds its own autograd graph or holds one that was built under `side_stream`.
+
+    Raises:
+        RuntimeError: the call does what a graph cannot hold, waiting for the device say.
     """
     with side_stream():
         for _ in range(WARM_UP):
             call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=_side()):
-        held = call()
+    try:
+        with torch.cuda.graph(graph, stream=_side()):
+            held = call()
+    except RuntimeError as error:
+        raise RuntimeError(f"not captured as a CUDA graph: {error}") from error
 
     def replay() -> object:
         graph.replay()

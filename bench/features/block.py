@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,11 @@ from .question import FeatureCase, Normal, Question
 QUANTITIES = ("forward", "backward")
 
 FORMS = ("map", "mask", "documents")
+
+FLEX_BLOCK = 128
+"""Least block of FlexAttention: the tiles of its backward at D 64 to 128 divide no smaller one, and
+options of a call do not change which tiles it tries.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,22 +113,30 @@ def build(case: Case, device: torch.device, requires_grad: bool) -> Blocks:
     return Blocks(**tensors, causal=case.causal, active=active, block=case.block, document=document)
 
 
-def block_mask(inputs: Blocks) -> tuple[BlockMask, float]:
-    """FlexAttention's form of it, and the milliseconds of building it a second time."""
-    length, device = inputs.q.shape[1], inputs.q.device
+def block_mask(inputs: Blocks, size: int | None = None) -> tuple[BlockMask, float]:
+    """FlexAttention's form of it, and the milliseconds of building it a second time.
 
-    def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    Its blocks are of `size`, by default the question's own; larger ones look theirs up.
+    """
+    length, device, own = inputs.q.shape[1], inputs.q.device, inputs.block
+    size = size or own
+
+    def of_documents(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (inputs.document[i] == inputs.document[j]) & (j <= i)
 
+    def of_blocks(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return inputs.active[0, 0, i // own, j // own]
+
+    rule = of_documents if inputs.active is None else of_blocks
     for _ in range(2):
         synchronize(device)
         start = time.perf_counter()
-        if inputs.active is None:
-            built = create_block_mask(
-                rule, None, None, length, length, device=device, BLOCK_SIZE=inputs.block
-            )
+        if inputs.active is not None and size == own:
+            built = _of_full_blocks(inputs.active, own, length)
         else:
-            built = _of_full_blocks(inputs.active, inputs.block, length)
+            built = create_block_mask(
+                rule, None, None, length, length, device=device, BLOCK_SIZE=size
+            )
         synchronize(device)
         setup_ms = 1e3 * (time.perf_counter() - start)
     return built, setup_ms
@@ -156,9 +169,8 @@ def _ours(case: Case, inputs: Blocks, backend: str) -> Prepared:
 
 
 def _flex(case: Case, inputs: Blocks) -> Prepared:
-    # Its own tiles may not be larger than the blocks.
-    tiles = None
-    if case.block < 128:
-        forward = {"BLOCK_M": case.block, "BLOCK_N": case.block}
-        tiles = forward | {f"BLOCK_{side}": case.block for side in ("M1", "N1", "M2", "N2")}
-    return flex(inputs, *block_mask(inputs), kernel_options=tiles)
+    if case.block >= FLEX_BLOCK:
+        return flex(inputs, *block_mask(inputs))
+    ready = flex(inputs, *block_mask(inputs, FLEX_BLOCK))
+    note = f"its blocks are {FLEX_BLOCK}x{FLEX_BLOCK}: it compiles no backward for smaller ones"
+    return replace(ready, notes=(*ready.notes, note))

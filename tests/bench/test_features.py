@@ -2,11 +2,12 @@
 
 import json
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from bench import cases, check, derived, features, report, results, runner
+from bench import cases, check, derived, features, report, results, runner, timing
 from bench.__main__ import main
 from bench.features import block, decode, gated, packed, threshold
 from flash_sparse_attn import BlockMap, IntervalMask, flash_sparse_attn_func, reference
@@ -48,9 +49,34 @@ def test_every_figure_asked_is_of_a_case_and_every_case_has_one(command):
     assert all(getattr(case, "seqlen_q", 1) > 1 or getattr(case, "block", 0) == 64 for case in free)
 
 
-def test_decoding_is_timed_as_graphs_and_nothing_else_is():
-    graphs = [c for c in COMMANDS if cases.load(cases.DEFAULT_SUITES[c], c).graph]
-    assert graphs == ["decode"]
+def test_features_are_timed_as_graphs_and_nothing_else_is():
+    for command, name in cases.DEFAULT_SUITES.items():
+        assert cases.load(name, command).graph is (command in COMMANDS)
+
+
+def test_a_graph_has_the_time_of_the_host_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "captured", lambda call: call)
+    monkeypatch.setattr(timing, "side_stream", nullcontext)
+    settings = runner.Settings("gated", seconds=0.001, only="gates$", graph=True)
+    (record,) = runner.run(cases.load("smoke", "gated"), settings, CPU, tmp_path)["cases"]
+    rows = {row["contender"]: row["figures"] for row in record["rows"] if row["times"]}
+    assert rows["fsa-reference-dense"] == {}
+    of_host = {f"{quantity} without a graph (ms)" for quantity in gated.QUANTITIES}
+    assert set(rows["fsa-reference"]) == of_host
+    assert all(value > 0 for value in rows["fsa-reference"].values())
+
+
+def test_a_call_that_cannot_be_captured_has_a_row_that_says_so(tmp_path, monkeypatch):
+    def refuse(call):
+        raise RuntimeError("not captured as a CUDA graph: it waits")
+
+    monkeypatch.setattr(timing, "captured", refuse)
+    settings = runner.Settings("gated", seconds=0.001, only="gates$", graph=True)
+    (record,) = runner.run(cases.load("smoke", "gated"), settings, CPU, tmp_path)["cases"]
+    row = next(row for row in record["rows"] if row["contender"] == "fsa-reference")
+    assert row["status"] == results.FAILED
+    assert row["reason"] == "RuntimeError: not captured as a CUDA graph: it waits"
+    assert not row["times"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -213,6 +239,17 @@ def test_gradients_of_gates_are_checked():
         assert title in check.wrong(case, check.errors(expected, got | {name: 1.1 * got[name]}))
 
 
+def test_larger_blocks_of_a_block_mask_look_the_small_ones_up():
+    case = block.Case(**SIZES | {"seqlen": 256}, block=16, form="map", causal=False, active=0.1)
+    question = block.build(case, CPU, False)
+    mask, _ = block.block_mask(question, 128)
+    assert tuple(mask.BLOCK_SIZE) == (128, 128)
+    i = torch.arange(256)
+    seen = mask.mask_mod(0, 0, i[:, None], i)
+    assert torch.equal(seen, question.visibility(i)[0, 0])
+    assert int(mask.full_kv_num_blocks.sum()) == 0
+
+
 @pytest.mark.parametrize("form", ["mask", "documents"])
 def test_a_block_mask_holds_what_the_case_says(form):
     more = {"active": 0.4} if form == "mask" else {"documents": 4}
@@ -250,6 +287,7 @@ def made(own, other, **asked):
         ({"figure": "speed", "against": "own-dense", "least": 1.6}, "fsa-x-dense", 1.5, False),
         ({"figure": "time", "against": "peer|slow", "most": 0.7}, "peer", 2 / 3, True),
         ({"figure": "rate", "against": "peer", "least": 0.6}, "peer", 0.5, False),
+        ({"figure": "speed", "against": "own-dense"}, "fsa-x-dense", 1.5, False),
         ({"figure": "us", "most": 12.0}, None, 2000.0, False),
     ],
 )
@@ -276,15 +314,19 @@ def test_the_first_table_is_what_is_asked(tmp_path):
     unmet = cases.Asked(
         cases="gates$", quantity="backward", figure="time", against="own-dense", most=1e-9
     )
-    suite = cases.Suite(suite.name, suite.about, suite.cases, asked=(asked, unmet))
+    shown = cases.Asked(cases="gates$", quantity="forward", figure="speed", against="own-dense")
+    suite = cases.Suite(suite.name, suite.about, suite.cases, asked=(asked, unmet, shown))
     settings = runner.Settings("gated", seconds=0.001, only="gates$", contenders="fsa-ref")
     result = runner.run(suite, settings, CPU, tmp_path)
     text = report.table(json.loads(json.dumps(result)))
-    first, second = [line for line in text.split("\n") if line.startswith("| B1 S64")][:2]
+    lines = [line for line in text.split("\n") if line.startswith("| B1 S64")]
+    first, second, third = lines[:3]
     assert "| × as fast | **" in first
     assert first.endswith("| ≥ 1e-09 |")
     assert "| × the time | " in second
     assert "**" not in second
+    assert third.endswith("| – |")
+    assert "**" not in third
 
 
 @pytest.mark.parametrize(
@@ -313,7 +355,7 @@ def test_a_case_without_meaning_is_refused(kind, fields):
     ("fields", "word"),
     [
         ({"figure": "slope", "least": 1.0}, "figure"),
-        ({"figure": "speed", "against": "flex"}, "least and most"),
+        ({"figure": "speed", "against": "flex", "least": 1.0, "most": 2.0}, "least and most"),
         ({"figure": "speed", "least": 1.0}, "against"),
         ({"figure": "us", "against": "flex", "most": 1.0}, "against"),
     ],

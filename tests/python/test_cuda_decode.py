@@ -92,6 +92,75 @@ def test_a_graph_stays_valid(backend, kind):
         torch.testing.assert_close(got[1], lse, rtol=1e-4, atol=1e-4)
 
 
+def side_streams() -> list[torch.cuda.Stream]:
+    """Two streams that what is on the current one precedes."""
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    return streams
+
+
+def require_equal(results: list[tuple[Tensor, ...]], want: tuple[Tensor, ...]) -> None:
+    torch.cuda.synchronize()
+    for found in results:
+        assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_calls_that_overlap(backend, kind):
+    """Calls on two streams, and many in turn in the same memory, give what one alone gives."""
+    inputs = Inputs(kind)
+    want = inputs.run(backend)
+    torch.cuda.synchronize()
+    results = []
+    for stream in side_streams() * 20:
+        with torch.cuda.stream(stream):
+            results.append(inputs.run(backend))
+            inputs.run(backend)  # into memory that is free again at once
+    require_equal(results, want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_graphs_that_overlap(backend, kind):
+    """Two graphs of several calls each, replayed at the same time, again and again."""
+    inputs = Inputs(kind)
+    want = inputs.run(backend)
+    streams = side_streams()
+    graphs, results = [], []
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            inputs.run(backend)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            results += [inputs.run(backend) for _ in range(3)]
+        graphs.append(graph)
+    for _ in range(10):
+        for x in results:
+            x[0].fill_(float("nan"))
+        torch.cuda.synchronize()
+        for stream, graph in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        require_equal(results, want)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_what_follows_reads_all_of_it(backend):
+    """A kernel launched after a call, and one before it, do not overlap with it."""
+    inputs = Inputs("contiguous")
+    want = inputs.run(backend)
+    q = inputs.q.clone()
+    results = []
+    for _ in range(50):
+        inputs.q.zero_()
+        inputs.q.copy_(q)
+        results.append(tuple(x.clone() for x in inputs.run(backend)))
+    require_equal(results, want)
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 def test_offsets_beyond_32_bits(backend):
     """The last sequence of a cache of more than 2^31 elements."""

@@ -110,13 +110,15 @@ class Gates(NamedTuple):
     delta: Tensor
     delta_batch: int
     delta_head: int
-    heads_per_delta: int
+    heads_per_delta: Any
     scale: Any
     """c."""
     logsigmoid: Any
     """Whether g is ln sigma, rather than the identity."""
     fine: Any
     """Whether g must be exact to float32, not only to a 16-bit result."""
+    coarse: Any
+    """Whether c is so small that an error of g of 1e-3 is within a 16-bit result's."""
     floor: Tensor
     """V7: the least c g_ij, in base 2, that row i keeps; a record as alpha."""
     limits: Tensor
@@ -248,9 +250,9 @@ class Slots(NamedTuple):
 class TileLists(NamedTuple):
     """The key tiles that each query tile visits, int32 `[.., query tiles, length]`.
 
-    Full tiles from the front of a list and partial ones from its back, with (full, partial)
-    `[.., query tiles, 2]` in `counts`; or, where `spans`, four numbers: first tile, first full
-    tile, end of the full tiles, end.
+    Full tiles from the front of a list and partial ones from its back, with `[.., query tiles, 3]`
+    in `counts`: full ones, partial ones, and 1 where blocks are missing (V5, T1). Or, where
+    `spans`, four numbers: first tile, first full tile, end of the full tiles, end.
     """
 
     index: Tensor

@@ -30,7 +30,7 @@ from .primitives import (
     visible,
 )
 from .sizes import ceil_div
-from .tiles import classify
+from .tiles import block_classes, classify
 
 
 class Kind(Enum):
@@ -120,8 +120,11 @@ def bias_gradient_kernel(
         h = bias_h * bias.heads_per_head + shared % bias.heads_per_head
         place = Place(b, 0, 0, 0, 0, 0)
         some, _whole = classify(
-            tile_q, tile_k, place, h, bounds, mask, blocks, ranges, BLOCK_M, BLOCK_N, SUB
+            tile_q, tile_k, place, h, bounds, mask, ranges, BLOCK_M, BLOCK_N, SUB
         )
+        if blocks is not None:
+            any_, _every = block_classes(tile_q, tile_k, place, h, bounds, blocks, BLOCK_M, BLOCK_N)
+            some = some & any_
         if some:
             n = h // group
             end_q = bounds.seqlen_q

@@ -1,9 +1,10 @@
 """Compaction: each segment of rows has the keys that it sees gathered side by side.
 
 Where every rule on visibility is a run of rows per key (`Ranges`), the order of the keys means
-nothing to the attention kernels. Rows are cut into segments, each of one sequence; the keys that
-some row of a segment sees (`segment_keys`) are copied into the segment's slots (`slots`), so that,
-however scattered they are among all keys, the tiles that a query tile visits hold little else.
+nothing to the attention kernels; V7 is one as far as it drops a key from all rows. Rows are cut
+into segments, each of one sequence; the keys that some row of a segment sees (`segment_keys`) are
+copied into the segment's slots (`slots`), so that, however scattered they are among all keys, the
+tiles that a query tile visits hold little else.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from flash_sparse_attn.problem import AttentionProblem, Form
 from flash_sparse_attn.tensors import AttentionTensors
 
 from . import arguments, segment_keys
-from .arguments import Bias, Ranges, Slots, Terms, broadcast_strides
+from .arguments import Bias, Gates, Ranges, Slots, Terms, broadcast_strides
+from .gates import store_delta_extrema
 from .primitives import ALWAYS, NEVER, store_rows
 from .ranges import store_extrema
 from .slots import keys_of_segment, longest, place_slot, plane_of
@@ -43,6 +45,8 @@ def gather_keys_kernel(
     k,
     v,
     bias,
+    gates,
+    gates_out,
     k_out,
     v_out,
     slots,
@@ -84,6 +88,13 @@ def gather_keys_kernel(
     range_at = plane * length + place.key_record + key
     enters = tl.load(first + range_at, mask=used, other=NEVER)
     leaves = tl.load(last + range_at, mask=used, other=ALWAYS)
+    if gates is not None:
+        delta_at = tl.cast(b, tl.int64) * gates.delta_batch + n * gates.delta_head + key
+        delta = tl.load(gates.delta + delta_at, mask=used, other=0.0)
+        head = tl.cast(b, tl.int64) * gates_out.delta_batch + n * gates_out.delta_head
+        tl.store(gates_out.delta + head + slot, delta)
+        head = tl.cast(b, tl.int64) * gates_out.extrema_batch + n * gates_out.extrema_head
+        store_delta_extrema(gates_out.extrema + head, tile, delta, used)
     key += place.key
     # Keys that keys_per_row left no slot for: every row of the segment sees the NaN below.
     lost = count > segment.capacity
@@ -119,13 +130,16 @@ def _copy_rows(x, out, b, n, source, target, used, lost, D: tl.constexpr, BLOCK_
 
 
 def applies(problem: AttentionProblem) -> bool:
-    """Whether a call is compacted: a mask of keys or intervals, nothing that depends on the pair,
-    and nothing that differs inside a group; packed, only where `keys_per_row` is known.
+    """Whether a call is compacted: a mask of keys, intervals or V7, no other rule that depends on
+    the pair, and nothing that differs inside a group; packed, only where `keys_per_row` is known;
+    with gates, neither packed nor with intervals.
     """
-    if problem.intervals is None and problem.mask is None:
+    if problem.intervals is None and problem.mask is None and problem.gate_threshold == 0:
         return False
-    other = {"gate", "block_map", "softmax_threshold"}
+    other = {"block_map", "softmax_threshold"}
     if problem.terms() & other or problem.form == Form.CACHE or problem.dtype.itemsize == 8:
+        return False
+    if problem.gate is not None and (problem.form == Form.PACKED or problem.intervals is not None):
         return False
     if problem.form == Form.PACKED and keys_per_row(problem) is None:
         return False
@@ -139,7 +153,11 @@ def applies(problem: AttentionProblem) -> bool:
 
 
 def keys_per_row(problem: AttentionProblem) -> int | None:
-    """The least known w such that n consecutive rows see at most w + n - 1 keys."""
+    """The least known w such that n consecutive rows see at most w + n - 1 keys; None under V7,
+    where every row looks through all slots.
+    """
+    if problem.gate_threshold > 0:
+        return None
     known = [problem.keys_per_row] if problem.keys_per_row else []
     left, right = problem.window_left, 0 if problem.causal else problem.window_right
     if left is not None and right is not None:
@@ -166,6 +184,8 @@ def compact(
 
 def spans(problem: AttentionProblem, slots: Slots) -> bool:
     """Whether a query tile's keys are one span of slots, with little else in it."""
+    if problem.gate_threshold > 0:
+        return False
     return slots.ordered.value or (problem.intervals is None and problem.sinks == 0)
 
 
@@ -183,10 +203,13 @@ def _gather(
     first, last = (ranges.first.new_empty((batch, heads, total)) for _ in range(2))
     extrema = ranges.extrema.new_empty((batch, heads, tiles, 4))
     given, bias, bias_heads = _bias(problem, tensors.bias, batch, total)
+    gates = None if terms.gates is None else _gates(problem, terms.gates, total, tiles)
     gather_keys_kernel[(tiles * shape[0] * problem.heads_kv,)](
         arguments.operand(tensors.k),
         arguments.operand(tensors.v),
         given,
+        terms.gates,
+        gates,
         arguments.operand(k),
         arguments.operand(v),
         slots,
@@ -218,11 +241,28 @@ def _gather(
         ranges.binding,
     )
     bounds = terms.bounds._replace(seqlen_k=total)
-    terms = terms._replace(bounds=bounds, ranges=ranges, bias=terms.bias if bias is None else bias)
+    terms = terms._replace(
+        bounds=bounds, ranges=ranges, gates=gates, bias=terms.bias if bias is None else bias
+    )
     if terms.sequences is not None:
         sequences = terms.sequences._replace(gathered=tl.constexpr(True))
         terms = terms._replace(sequences=sequences)
     return replace(tensors, k=k, v=v), terms, slots
+
+
+def _gates(problem: AttentionProblem, given: Gates, total: int, tiles: int) -> Gates:
+    """The gates of the call over slots, not yet gathered."""
+    delta = given.delta.new_empty((problem.batch, problem.heads_kv, total))
+    extrema = given.delta.new_empty((problem.batch, problem.heads_kv, tiles, 2))
+    strides, extrema_strides = (broadcast_strides(x)[:2] for x in (delta, extrema))
+    return given._replace(
+        delta=delta,
+        delta_batch=strides[0],
+        delta_head=strides[1],
+        extrema=extrema,
+        extrema_batch=extrema_strides[0],
+        extrema_head=extrema_strides[1],
+    )
 
 
 def _bias(

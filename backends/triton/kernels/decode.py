@@ -21,7 +21,7 @@ from flash_sparse_attn.tensors import AttentionTensors
 from . import arguments, decode_arguments, tuning
 from .decode_arguments import Sizes
 from .decode_kernels import attend_kernel, highest_gates_kernel, merge_kernel
-from .decode_lists import once
+from .decode_lists import ascending
 from .decode_threshold import WORD_KEYS, kept_kernel, scores_kernel
 from .sizes import ceil_div, power_of_2
 from .tuning import Tile
@@ -33,14 +33,21 @@ FEWEST_KEYS = 32
 EVEN = 0.95
 """Share of the best use of the multiprocessors that is good enough for fewer splits."""
 REPEATS_TESTED = 1024
-"""Longest lists whose keys a tile compares with all before them; longer ones are rid of repeats
-first, by a kernel.
+ENTRIES_TESTED = 2**16
+"""Entries of a list, and of all lists of a call, up to which a tile compares its keys with those
+before them, which starts sooner than sorting lists first, but grows with their square.
 """
 FAST_FLOAT64 = (80, 90, 100)
 """Compute capabilities whose matrix units take float64 at a rate that decoding does not notice."""
-MERGED_COLUMNS = 64
+FEWEST_COLUMNS = 16
 MERGED_ELEMENTS = 4096
 """Columns of a program that merges splits, and elements that it loads at a time."""
+WORTHWHILE_TILES = 16
+"""Tiles that splits keep where sequences fill the GPU without them: to even out waves of fewer
+would gain less than to merge costs.
+"""
+OVERLAPPING = 90
+"""Least compute capability that launches a kernel before the one before it has ended."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,8 @@ class Plan:
         tile: launch parameters; `block_m` is the most rows, (i, g), of a tile, and `block_n` keys
             are whole blocks of T1, where that drops.
         splits: shares of the keys of a sequence.
-        repeats_tested: whether tiles look for repeated keys of a list themselves.
+        repeats_tested: whether tiles look for repeated keys of a list themselves; otherwise lists
+            are sorted first.
     """
 
     tile: Tile
@@ -92,13 +100,20 @@ def plan(problem: AttentionProblem, tensors: AttentionTensors) -> Plan:
     if scattered(tensors, tile.block_n):
         tile = tuning.decode_tile(problem, scattered=True)
     tested = lists is not None and lists.shape[2] <= REPEATS_TESTED
+    tested = tested and lists.numel() <= ENTRIES_TESTED
     whole = Plan(tile, 1, tested)
     keys = problem.seqlen_k if lists is None else lists.shape[2]
     slots = tuning.decode_slots(problem, tile, tensors.q.device)
     programs = whole.programs(problem)
     while lists is not None and tile.block_n > 16 and programs * keys < slots * tile.block_n:
         tile = replace(tile, block_n=tile.block_n // 2)  # a short list, on more programs
-    return replace(whole, tile=tile, splits=_splits(programs, slots, ceil_div(keys, tile.block_n)))
+    tiles = ceil_div(keys, tile.block_n)
+    splits = _splits(programs, slots, tiles if programs < slots else tiles // WORTHWHILE_TILES)
+    if splits < tiles < 2 * splits and programs * tiles <= slots:
+        splits = tiles  # one tile each, rather than two for some
+    if lists is not None and splits >= tiles:
+        tile = replace(tile, stages=1)  # nothing to pipeline: one tile a program
+    return replace(whole, tile=tile, splits=splits)
 
 
 def scattered(tensors: AttentionTensors, keys: int) -> bool:
@@ -114,8 +129,6 @@ def _splits(programs: int, slots: int, most: int) -> int:
     Programs come in waves of `slots`; the last wave leaves slots idle.
     """
     most = max(1, min(most, slots))
-    if programs >= slots:
-        return 1
 
     def use(splits: int) -> float:
         waves = programs * splits / slots
@@ -167,15 +180,20 @@ def decode(
     else:
         call.attend(parts, part_lse, highest)
     if cut.splits > 1:
-        _merge(problem, parts, part_lse, o, lse)
+        call.merge(parts, part_lse, o, lse)
     return o, lse, kept
 
 
 class _Call:
-    """The launches of one call; splits are those of its plan throughout."""
+    """The launches of one call; splits are those of its plan throughout.
+
+    Each overlaps with the one before it (programmatic dependent launch), but for the first, which
+    follows what is not ours.
+    """
 
     def __init__(self, problem: AttentionProblem, tensors: AttentionTensors, cut: Plan) -> None:
         self.problem, self.tensors, self.cut = problem, tensors, cut
+        self.launched = False
         self.grid = (cut.programs(problem),)
         self.bounds = decode_arguments.decode_bounds(problem)
         self.terms = decode_arguments.terms(problem, tensors)
@@ -184,7 +202,7 @@ class _Call:
         self.pages = decode_arguments.pages(tensors)
         lists = tensors.key_indices
         if lists is not None and not cut.repeats_tested:
-            lists = once(problem, tensors)
+            lists = ascending(problem, tensors, **self._overlap())
         self.listed = decode_arguments.listed(lists, cut.repeats_tested)
         rows, heads = cut.rows(problem)
         self.tile = {
@@ -209,7 +227,7 @@ class _Call:
             D=self.problem.head_dim, DV=self.problem.head_dim_v, BLOCK_D=self.width,
             BLOCK_DV=self.width_v, PRECISION=self.precision, WIDE=self.wide,
             FINAL=self.cut.splits == 1, TMA=isinstance(k, TensorDescriptor),
-            **self.tile,
+            **self.tile, **self._overlap(),
         )  # fmt: skip
 
     def highest_gates(self) -> Tensor:
@@ -218,7 +236,7 @@ class _Call:
         highest = self.tensors.q.new_empty(rows, dtype=arguments.sum_dtype(self.problem))
         highest_gates_kernel[self.grid](
             highest, self.lengths, self.listed, *self.bounds, *self.terms, *self.sizes,
-            **self.tile,
+            **self.tile, **self._overlap(),
         )  # fmt: skip
         return highest
 
@@ -236,15 +254,35 @@ class _Call:
         scores_kernel[self.grid](
             arguments.operand(q), k, pairs, score_lse, counts, highest, self.lengths, self.pages,
             arguments.score(problem), *self.bounds, *self.terms, *self.sizes,
-            D=problem.head_dim, BLOCK_D=self.width, WIDE=self.wide, **common,
+            D=problem.head_dim, BLOCK_D=self.width, WIDE=self.wide, **common, **self._overlap(),
         )  # fmt: skip
         kept_kernel[self.grid](
             pairs, v, o, lse, kept, score_lse, counts, self.lengths, self.pages,
             arguments.number(problem, problem.softmax_threshold), kept.shape[3], *self.bounds,
             *self.sizes, DV=problem.head_dim_v, BLOCK_DV=self.width_v,
             TILES=WORD_KEYS // self.cut.tile.block_n,
-            FINAL=self.cut.splits == 1, **common,
+            FINAL=self.cut.splits == 1, **common, **self._overlap(),
         )  # fmt: skip
+
+    def merge(self, parts: Tensor, part_lse: Tensor, o: Tensor, lse: Tensor) -> None:
+        """o and lse from those of the splits."""
+        problem, splits = self.problem, self.cut.splits
+        most = power_of_2(splits)
+        columns = max(MERGED_ELEMENTS // most, FEWEST_COLUMNS)
+        columns = min(power_of_2(problem.head_dim_v), columns)
+        rows = lse.numel()
+        merge_kernel[(rows * ceil_div(problem.head_dim_v, columns),)](
+            parts, part_lse, o, lse, rows, problem.heads_q, problem.seqlen_q, splits,
+            DV=problem.head_dim_v, BLOCK_C=columns, BLOCK_S=min(most, MERGED_ELEMENTS // columns),
+            MOST_SPLITS=most, **self._overlap(),
+        )  # fmt: skip
+
+    def _overlap(self) -> dict[str, bool]:
+        """Options of the next launch."""
+        if self.problem.arch is None or self.problem.arch < OVERLAPPING:
+            return {"OVERLAP": False}
+        follows, self.launched = self.launched, True
+        return {"OVERLAP": True, "launch_pdl": follows}
 
     def _cache(self) -> tuple:
         """k and v as tiles of keys are read from them: by the copy engine, or by pointers."""
@@ -255,18 +293,3 @@ class _Call:
             if all(isinstance(x, TensorDescriptor) for x in found):
                 return found
         return arguments.operand(tensors.k), arguments.operand(tensors.v)
-
-
-def _merge(
-    problem: AttentionProblem, parts: Tensor, part_lse: Tensor, o: Tensor, lse: Tensor
-) -> None:
-    """o and lse from those of the splits."""
-    splits = part_lse.shape[3]
-    columns = min(power_of_2(problem.head_dim_v), MERGED_COLUMNS)
-    rows = lse.numel()
-    merge_kernel[(rows * ceil_div(problem.head_dim_v, columns),)](
-        parts, part_lse, o, lse, rows, problem.heads_q, problem.seqlen_q, splits,
-        DV=problem.head_dim_v, BLOCK_C=columns,
-        BLOCK_S=min(power_of_2(splits), MERGED_ELEMENTS // columns),
-        MOST_SPLITS=power_of_2(splits),
-    )  # fmt: skip

@@ -17,6 +17,7 @@ from flash_sparse_attn.problem import AttentionProblem, Gate
 from flash_sparse_attn.tensors import AttentionTensors
 
 from .arguments import Bounds, bounds, number
+from .sizes import power_of_2
 
 SLACK = {4: 2.0**-20, 8: 2.0**-48}
 """By the size of an accumulator: what two evaluations of a gate may differ by, as a share."""
@@ -47,8 +48,8 @@ class Listed(NamedTuple):
     head: int
     column: int
     count: int
-    repeats: Any
-    """Whether a key may still be listed twice."""
+    tested: Any
+    """Where a key may be listed twice, a power of two that is no less than `count`; else 0."""
 
 
 class Term(NamedTuple):
@@ -90,6 +91,8 @@ class Gating(NamedTuple):
     """Whether g is ln sigma, rather than the identity."""
     fine: Any
     """Whether g must be exact to float32, not only to a 16-bit result."""
+    coarse: Any
+    """Whether g may be less exact still; decoding has the time."""
     reach: Any
     """V7: log2 gamma; without a threshold it means nothing."""
     slack: Any
@@ -138,11 +141,12 @@ def pages(tensors: AttentionTensors) -> Pages | None:
 
 
 def listed(key_indices: Tensor | None, repeats: bool) -> Listed | None:
-    """The key lists, if there are any."""
+    """The key lists, if there are any; `repeats` says that a key may stand in one twice."""
     if key_indices is None:
         return None
     count = key_indices.shape[2]
-    return Listed(key_indices, *key_indices.stride(), count, tl.constexpr(repeats))
+    tested = power_of_2(count) if repeats else 0
+    return Listed(key_indices, *key_indices.stride(), count, tl.constexpr(tested))
 
 
 def decode_bounds(problem: AttentionProblem) -> Bounds:
@@ -193,6 +197,7 @@ def _gating(problem: AttentionProblem) -> Gating:
         number(problem, problem.softmax_scale),
         tl.constexpr(problem.gate == Gate.LOGSIGMOID),
         tl.constexpr(problem.dtype.itemsize >= 4),
+        tl.constexpr(False),
         number(problem, reach),
         tl.constexpr(SLACK[wide]),
     )

@@ -10,11 +10,14 @@ import triton.language as tl
 from .arguments import Bounds
 from .decode_arguments import PLAIN_INTEGERS, Sizes, Terms
 from .decode_tiles import (
+    counted,
     find_keys,
     gate_floor,
+    list_entries,
     load_gates,
     load_keys,
     load_rows,
+    overlap,
     place,
     products,
     rows_of,
@@ -60,11 +63,13 @@ def attend_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, FINAL: tl.constexpr, TMA: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """O1 of one split; k and v are both descriptors (TMA), or neither is.
 
     Grid: `decode_tiles.place`.
     """
+    overlap(OVERLAP)
     bounds = Bounds(seqlen_q, seqlen_k, left, right, left_sinks, right_sinks)
     sizes = Sizes(heads_kv, group, tiles_i, tiles_g, splits)
     M: tl.constexpr = BLOCK_I * BLOCK_G
@@ -85,6 +90,9 @@ def attend_kernel(
         last_end = tile_start(mine, mine.end - 1, BLOCK_N) + BLOCK_N
         cut = (mine.first < mine.end) & (last_end > here.length)
         whole_end = mine.end - cut.to(tl.int32)
+    every = None
+    if listed is not None and listed.tested:
+        every = list_entries(here, listed, tl.arange(0, listed.tested))
     # What tables and lists say is asked for a tile ahead, so that it is there when it is needed.
     AHEAD: tl.constexpr = listed is not None or pages is not None
     found = find_keys(here, mine, listed, pages, mine.first, BLOCK_N, TMA)
@@ -97,11 +105,13 @@ def attend_kernel(
                 at = find_keys(here, mine, listed, pages, t, BLOCK_N, TMA)
             k_tile = load_keys(k, here.n, at, D, BLOCK_D, BLOCK_N, False)
             v_tile = load_keys(v, here.n, at, DV, BLOCK_DV, BLOCK_N, CUT)
+            # Keys are on their way meanwhile, whether they count or not.
+            counts = counted(here, listed, every, at, t, BLOCK_N)
             x = products(q_tile, k_tile, PRECISION, WIDE, ACC)
             s = tile_scores(
                 x, here, bounds, score,
                 Terms(mask, start, end, blocks, bias, alpha, delta, gating),
-                floor, at.j, at.inside, ACC, CUT == 0,
+                floor, at.j, counts, ACC, CUT == 0,
             )[0]  # fmt: skip
             higher = tl.maximum(peak, tl.max(s, 1))
             # A row that has seen nothing has no finite maximum.
@@ -119,7 +129,7 @@ def attend_kernel(
 @triton.jit(do_not_specialize=["rows", "heads", "seqlen_q", "splits"])
 def merge_kernel(
     parts, part_lse, o, lse, rows, heads, seqlen_q, splits, DV: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, MOST_SPLITS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, MOST_SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """o = sum_s 2^(lse_s - lse) o_s over the splits of one row, in their order; grid rows * column
     tiles of BLOCK_C.
@@ -131,6 +141,7 @@ def merge_kernel(
     b = row // heads // seqlen_q
     at = (tl.cast(b, tl.int64) * heads + h) * seqlen_q + i
     every = tl.arange(0, MOST_SPLITS)
+    overlap(OVERLAP)
     of_splits = tl.load(part_lse + at * splits + every, mask=every < splits, other=float("-inf"))
     peak = tl.max(of_splits, 0)
     shift = tl.where(peak == float("-inf"), 0.0, peak)
@@ -139,10 +150,15 @@ def merge_kernel(
     acc = tl.zeros([BLOCK_C], total.dtype)
     for s in range(0, splits, BLOCK_S):
         split = s + tl.arange(0, BLOCK_S)
-        lse_s = tl.load(part_lse + at * splits + split, mask=split < splits, other=float("-inf"))
-        keep = (lse_s != float("-inf"))[:, None] & (c < DV)[None, :]
+        there = split < splits
+        lse_s = tl.load(part_lse + at * splits + split, mask=there, other=float("-inf"))
         from_split = (tl.cast(row, tl.int64) * splits + split) * DV
-        o_s = tl.load(parts + from_split[:, None] + c[None, :], mask=keep, other=0.0)
+        # Read whether it was written or not, so as not to wait for lse.
+        o_s = tl.load(
+            parts + from_split[:, None] + c[None, :],
+            mask=there[:, None] & (c < DV)[None, :], other=0.0,
+        )  # fmt: skip
+        o_s = tl.where((lse_s == float("-inf"))[:, None], 0.0, o_s)
         acc += tl.sum(o_s * tl.exp2(lse_s - shift)[:, None], 0)
     acc = acc / tl.where(empty, 1.0, total)
     tl.store(o + tl.cast(row, tl.int64) * DV + c, acc.to(o.dtype.element_ty), mask=c < DV)
@@ -157,10 +173,12 @@ def highest_gates_kernel(
     mask, start, end, blocks, bias, alpha, delta, gating,
     heads_kv, group, tiles_i, tiles_g, splits,
     BLOCK_I: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """V7: the largest c g_ij of each row over the visible keys of a split, in base 2,
     `[B, Hq, Sq, splits]`. Reads no keys but their gates.
     """
+    overlap(OVERLAP)
     bounds = Bounds(seqlen_q, seqlen_k, left, right, left_sinks, right_sinks)
     sizes = Sizes(heads_kv, group, tiles_i, tiles_g, splits)
     here = place(sizes, bounds, lengths, BLOCK_I, BLOCK_G)

@@ -20,6 +20,7 @@ from .decode_tiles import (
     gate_floor,
     load_keys,
     load_rows,
+    overlap,
     part,
     place,
     products,
@@ -41,11 +42,12 @@ def scores_kernel(
     heads_kv, group, tiles_i, tiles_g, splits,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    TMA: tl.constexpr,
+    TMA: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Scores `[B, Hq, Sq, Sk]` in base 2 of all keys up to each length; of every split the lse, in
     base 2, and the number of visible keys of each row, `[B, Hq, Sq, splits]`.
     """
+    overlap(OVERLAP)
     bounds = Bounds(seqlen_q, seqlen_k, left, right, left_sinks, right_sinks)
     everything = Bounds(seqlen_q, seqlen_k, None, None, left_sinks, right_sinks)
     sizes = Sizes(heads_kv, group, tiles_i, tiles_g, splits)
@@ -110,11 +112,12 @@ def kept_kernel(
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, TILES: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, FINAL: tl.constexpr,
-    TMA: tl.constexpr,
+    TMA: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """O1 of one split over the blocks kept, and their bits. A split is a share of whole words, of
     TILES tiles each.
     """
+    overlap(OVERLAP)
     bounds = Bounds(seqlen_q, seqlen_k, left, right, left_sinks, right_sinks)
     sizes = Sizes(heads_kv, group, tiles_i, tiles_g, splits)
     M: tl.constexpr = BLOCK_I * BLOCK_G

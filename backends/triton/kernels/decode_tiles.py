@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .primitives import LOG2E, scores
 
-CHUNK: tl.constexpr = tl.constexpr(128)
-"""Listed keys that a tile is compared with at a time."""
 PARTS: tl.constexpr = tl.constexpr(16)
 """Splits whose numbers are reduced at a time."""
 
@@ -53,7 +52,7 @@ class Keys(NamedTuple):
 
     j: Any
     inside: Any
-    """Whether they are keys, [BLOCK_N]."""
+    """Whether they are keys of the sequence, [BLOCK_N]."""
     slab: Any
     """Where they are in the cache: which sequence or page, and which row of it."""
     row: Any
@@ -82,6 +81,16 @@ def place(sizes, bounds, lengths, BLOCK_I: tl.constexpr, BLOCK_G: tl.constexpr):
     exists = (i < bounds.seqlen_q) & (g < sizes.group)
     end_i = tl.minimum(tile_i * BLOCK_I + BLOCK_I, bounds.seqlen_q)
     return Place(b, n, split, length, i, n * sizes.group + g, exists, tile_i * BLOCK_I, end_i)
+
+
+@triton.jit
+def overlap(OVERLAP: tl.constexpr):
+    """With OVERLAP, kernels of a call are launched before the one before them has ended: a program
+    lets the next kernel come, and waits here until what the kernel before wrote can be read.
+    """
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit
@@ -126,27 +135,31 @@ def tile_start(share, t, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def listed_keys(place, listed, t, BLOCK_N: tl.constexpr):
-    """(keys, whether they are keys of the sequence) of the t-th tile of a list."""
+def list_entries(place, listed, position):
+    """The entries of the list at these positions, -1 past its end."""
     at = (
         listed.pointer
         + tl.cast(place.b, tl.int64) * listed.batch
         + tl.cast(place.n, tl.int64) * listed.head
     )
-    position = t * BLOCK_N + tl.arange(0, BLOCK_N)
-    j = tl.load(at + position.to(tl.int64) * listed.column, mask=position < listed.count, other=-1)
-    inside = (j >= 0) & (j < place.length)
-    if listed.repeats:  # the first time that a key is listed counts
-        again = tl.zeros([BLOCK_N], tl.int32)
-        for start in range(0, tl.minimum(t * BLOCK_N + BLOCK_N, listed.count), CHUNK):
-            before = start + tl.arange(0, CHUNK)
-            other = tl.load(
-                at + before.to(tl.int64) * listed.column, mask=before < listed.count, other=-1
-            )
-            same = (other[:, None] == j[None, :]) & (before[:, None] < position[None, :])
-            again = tl.maximum(again, tl.max(same.to(tl.int32), 0))
-        inside = inside & (again == 0)
-    return j, inside
+    return tl.load(
+        at + position.to(tl.int64) * listed.column, mask=position < listed.count, other=-1
+    )
+
+
+@triton.jit
+def counted(place, listed, every, keys, t, BLOCK_N: tl.constexpr):
+    """Which keys of the t-th tile count (V6), [BLOCK_N]: of equal ones the first that is listed.
+
+    `every` is the whole list, where keys may stand in it twice.
+    """
+    counts = keys.inside
+    if listed is not None and listed.tested:
+        position = t * BLOCK_N + tl.arange(0, BLOCK_N)
+        before = tl.arange(0, listed.tested)[None, :] < position[:, None]
+        again = (every[None, :] == keys.j[:, None]) & before
+        counts = counts & (tl.max(again.to(tl.int32), 1) == 0)
+    return counts
 
 
 @triton.jit
@@ -157,7 +170,8 @@ def find_keys(place, share, listed, pages, t, BLOCK_N: tl.constexpr, TMA: tl.con
     """
     if listed is not None:
         start = 0
-        j, inside = listed_keys(place, listed, t, BLOCK_N)
+        j = list_entries(place, listed, t * BLOCK_N + tl.arange(0, BLOCK_N))
+        inside = (j >= 0) & (j < place.length)
     else:
         start = tile_start(share, t, BLOCK_N)
         j = start + tl.arange(0, BLOCK_N)

@@ -21,14 +21,15 @@ from .primitives import (
     load_alpha,
     load_bias,
     load_delta,
+    load_floor,
     load_tile,
+    natural_gate,
     scores,
     store_rows,
-    unpruned,
     visible,
 )
 from .sequences import clear_rest, place_tile, placed
-from .spans import following_tile, key_tiles, nth_of_span, nth_tile
+from .spans import following_tile, heads_that_drop, key_tiles, nth_of_span, nth_tile
 
 
 @triton.jit(do_not_specialize=[*Bounds._fields, "heads_q", "group", "tiles_q"])
@@ -63,11 +64,12 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
+    DROPS: tl.constexpr,
 ):
     """Grid query tiles * batch * heads: heads fastest, so that a group shares its keys in cache.
 
     Last tiles first, as they are the longest under V1. `tiles_q` counts those of a batch element
-    or, packed, all of them.
+    or, packed, all of them. DROPS: of `preparation.launches`.
     """
     h = tl.program_id(0) % heads_q
     nth = tl.program_id(0) // heads_q
@@ -87,10 +89,18 @@ def forward_kernel(
     end_key = place.key + bounds.seqlen_k
     PACKED: tl.constexpr = sequences is not None
     CUT: tl.constexpr = PACKED and not sequences.gathered
-    # Scores that are a rising multiple of the raw products are never formed: exp2 scales them.
-    RAW: tl.constexpr = score.inner is None and gates is None and bias is None and score.positive
+    # Scores that are a rising multiple of the raw products, or of these and the gates, are never
+    # formed: exp2 scales them.
+    RAW: tl.constexpr = score.inner is None and bias is None and score.positive
+    PLAIN: tl.constexpr = RAW and gates is None
+    # Products then start from the gates, worked out while those of the values before still run.
+    FROM_GATES: tl.constexpr = RAW and not PLAIN
 
     own = nth if PACKED else tile_q
+    if DROPS is not None and (heads_that_drop(lists, place, h, own, 1) > 0) != DROPS:
+        return
+    if DROPS is not None and not DROPS:
+        lists = None
     tiles, n_full, n_partial = key_tiles(bounds, lists, place, h, tile_q, own, BLOCK_M, BLOCK_N)
 
     q_tile = load_tile(q, place.batch, h, first_row, end_row, BLOCK_M, D, BLOCK_D, True, False)
@@ -98,8 +108,11 @@ def forward_kernel(
     total = tl.zeros([BLOCK_M], ACC)
     peak = tl.full([BLOCK_M], float("-inf"), ACC)
     alpha = None
+    floor = None
     if gates is not None:
         alpha = load_alpha(gates, place, h, i)[:, None]
+        if gates.pruned:
+            floor = load_floor(gates, place, h, i)[:, None]
     # A span is short: one loop, which decides in passing whether a tile is full, fills the pipeline
     # once. (Long rows of full tiles are better off without the test.)
     SPAN: tl.constexpr = lists is not None and lists.spans
@@ -133,7 +146,13 @@ def forward_kernel(
                     place, h, start_q, start_k, bounds, mask, blocks, ranges,
                     BLOCK_M, BLOCK_N, False,
                 )  # fmt: skip
-            x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=ACC)
+            if FROM_GATES:
+                g = natural_gate(gates, alpha * load_delta(gates, place, h, j)[None, :])
+                if PARTIAL and gates.pruned:
+                    keep = keep & ~(g * score.outer < floor)  # V7
+                x = tl.dot(q_tile, tl.trans(k_tile), g, input_precision=PRECISION, out_dtype=ACC)
+            else:
+                x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=ACC)
             if not RAW:
                 delta = None
                 bias_tile = None
@@ -142,8 +161,8 @@ def forward_kernel(
                 if bias is not None:
                     bias_tile = load_bias(bias, place, h, i[:, None], j[None, :], bounds)
                 x, _, gated, _ = scores(x, score, gates, alpha, delta, bias_tile)
-                if PARTIAL and gates is not None:
-                    keep = unpruned(keep, gated, gates, place, h, i[:, None])
+                if PARTIAL and floor is not None:
+                    keep = keep & ~(gated < floor)  # V7
             if PARTIAL:
                 x = tl.where(keep, x, float("-inf"))  # N2
             if SPAN:
@@ -153,7 +172,7 @@ def forward_kernel(
             )
             new_peak = tl.maximum(peak, tl.max(x, 1) * (score.outer if RAW else 1.0))
             shift = new_peak
-            if PARTIAL or SPAN or not RAW:  # a row that has seen nothing has no finite maximum
+            if PARTIAL or SPAN or not PLAIN:  # a row that has seen nothing has no finite maximum
                 shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
             p = tl.exp2(x * (score.outer if RAW else 1.0) - shift[:, None])
             decay = tl.exp2(peak - shift)
@@ -194,24 +213,29 @@ def forward(
     lists = preparation.list_tiles(problem, terms, slots, tile)
     places = placed(terms.sequences, tiles, tile.block_m, False)
     o_rows = arguments.batched(o)
-    forward_kernel[(tiles * problem.heads_q,)](
+    sources = (
         arguments.source(tensors.q, tile.block_m, width, tile.tma),
         arguments.source(tensors.k, tile.block_n, width, tile.tma),
         arguments.source(tensors.v, tile.block_n, width_v, tile.tma),
-        arguments.operand(o_rows),
-        lse,
-        *terms._replace(sequences=places).flat(),
-        lists,
-        problem.heads_q,
-        problem.group,
-        tiles // max(arguments.records(problem), 1),
-        D=problem.head_dim,
-        BLOCK_D=width,
-        DV=problem.head_dim_v,
-        BLOCK_DV=width_v,
-        PRECISION=arguments.precision(problem),
-        ACC=arguments.accumulator(problem),
-        **tile.options(),
     )
+    for part, drops in preparation.launches(problem, terms):
+        forward_kernel[(tiles * problem.heads_q,)](
+            *sources,
+            arguments.operand(o_rows),
+            lse,
+            *part._replace(sequences=places).flat(),
+            lists,
+            problem.heads_q,
+            problem.group,
+            tiles // max(arguments.records(problem), 1),
+            D=problem.head_dim,
+            BLOCK_D=width,
+            DV=problem.head_dim_v,
+            BLOCK_DV=width_v,
+            PRECISION=arguments.precision(problem),
+            ACC=arguments.accumulator(problem),
+            DROPS=drops,
+            **tile.options(),
+        )
     clear_rest(terms.sequences, False, o_rows, lse, -torch.inf)
     return o, lse.view(*q.shape[:-3], *rows), kept

@@ -37,8 +37,12 @@ SLACK = {4: 4e-6, 8: 1e-14}
 """Relative rounding, by bytes of the sums, within which a gate is at its threshold."""
 TOLERANCE = {2: 1e-3, 4: 1e-4, 8: 1e-10}
 """Error of g, by bytes of the inputs, that a verdict on a whole tile allows for."""
+COARSE_SCALE = 0.45
+"""Greatest c at which c times an error of g of 5e-4 is below 2^-12."""
 CHUNK = 128
 """Tiles whose extrema are read at a time."""
+REACH_CHUNK = 512
+"""Blocks of rows whose limits are."""
 
 
 @triton.jit(do_not_specialize=[*Bounds._fields, "heads"])
@@ -60,13 +64,17 @@ def delta_extrema_kernel(
     )
     at = tl.program_id(0).to(tl.int64) * SUB + tl.arange(0, SUB)
     exists = tile * RECORD + block * SUB % RECORD + tl.arange(0, SUB) < n_k
-    value = tl.load(delta + at)
-    dirty = tl.sum(((value != value) & exists).to(tl.int32), 0) > 0
-    low = tl.min(tl.where(exists, value, float("inf")), 0)
-    high = tl.max(tl.where(exists, value, float("-inf")), 0)
-    entry = extrema + tl.program_id(0).to(tl.int64) * 2
-    tl.store(entry, tl.where(dirty, float("nan"), low))
-    tl.store(entry + 1, tl.where(dirty, float("nan"), high))
+    store_delta_extrema(extrema, tl.program_id(0).to(tl.int64), tl.load(delta + at), exists)
+
+
+@triton.jit
+def store_delta_extrema(extrema, block, delta, exists):
+    """Least and greatest delta of those keys of a block that exist, NaN if one is."""
+    dirty = tl.sum(((delta != delta) & exists).to(tl.int32), 0) > 0
+    low = tl.min(tl.where(exists, delta, float("inf")), 0)
+    high = tl.max(tl.where(exists, delta, float("-inf")), 0)
+    tl.store(extrema + block * 2, tl.where(dirty, float("nan"), low))
+    tl.store(extrema + block * 2 + 1, tl.where(dirty, float("nan"), high))
 
 
 @triton.jit(do_not_specialize=[*Bounds._fields, "heads_q", "tiles_q"])
@@ -129,8 +137,8 @@ def gate_floor_kernel(
         low = tl.minimum(low, tl.min(tl.where(keep, delta, float("inf")), 1))
         high = tl.maximum(high, tl.max(tl.where(keep, delta, float("-inf")), 1))
     alpha = load_alpha(gates, place, h, i)
-    one, _slope = gate(gates, alpha * low)
-    other, _slope = gate(gates, alpha * high)
+    one, _slope = gate(gates, alpha * low, gates.coarse)
+    other, _slope = gate(gates, alpha * high, gates.coarse)
     largest = tl.maximum(one, other)
     value = largest + share - slack * (1.0 + tl.abs(largest))
     # Where a gate is NaN nothing is dropped.
@@ -154,6 +162,41 @@ def gate_floor_kernel(
     tl.store(entry + 1, tl.max(some_down, 1), mask=exists)
     tl.store(entry + 2, tl.max(all_up, 1), mask=exists)
     tl.store(entry + 3, tl.min(all_down, 1), mask=exists)
+
+
+@triton.jit(do_not_specialize=["seqlen_q", "blocks"])
+def gate_reach_kernel(reach, limits, seqlen_q, blocks, GROUP: tl.constexpr, CHUNK: tl.constexpr):
+    """`gate_reach`, from the limits of `blocks` blocks of rows a head; grid batch * kv heads."""
+    plane = tl.program_id(0).to(tl.int64)
+    chunks = tl.cdiv(seqlen_q, KEPT_ROWS * CHUNK)
+    up = float("inf")
+    down = float("-inf")
+    for nth in range(chunks):
+        block = (chunks - 1 - nth) * CHUNK + tl.arange(0, CHUNK)
+        exists = block * KEPT_ROWS < seqlen_q
+        least = tl.full([CHUNK], float("inf"), limits.dtype.element_ty)
+        greatest = tl.full([CHUNK], float("-inf"), limits.dtype.element_ty)
+        for g in tl.static_range(GROUP):
+            entry = limits + ((plane * GROUP + g) * blocks + block) * 4
+            least = tl.minimum(least, tl.load(entry, mask=exists, other=float("inf")))
+            greatest = tl.maximum(greatest, tl.load(entry + 1, mask=exists, other=float("-inf")))
+        least = tl.minimum(tl.associative_scan(least, 0, _lesser, reverse=True), up)
+        greatest = tl.maximum(tl.associative_scan(greatest, 0, _greater, reverse=True), down)
+        entry = reach + (plane * blocks + block) * 2
+        tl.store(entry, least, mask=exists)
+        tl.store(entry + 1, greatest, mask=exists)
+        up = tl.min(least, 0)
+        down = tl.max(greatest, 0)
+
+
+@triton.jit
+def _lesser(x, y):
+    return tl.minimum(x, y)
+
+
+@triton.jit
+def _greater(x, y):
+    return tl.maximum(x, y)
 
 
 @triton.jit
@@ -237,10 +280,11 @@ def gates(
         *broadcast_strides(alpha)[:2],
         delta,
         *broadcast_strides(delta)[:2],
-        problem.group,
+        tl.constexpr(problem.group),
         arguments.number(problem, problem.softmax_scale),
         tl.constexpr(problem.gate == "logsigmoid"),
         tl.constexpr(problem.dtype.itemsize >= 4),
+        tl.constexpr(abs(problem.softmax_scale) <= COARSE_SCALE),
         alpha,
         alpha,
         delta,
@@ -317,6 +361,27 @@ def prune(problem: AttentionProblem, terms: Terms, lists: TileLists | None, tile
         num_warps=tile.warps,
     )
     return found._replace(floor=floor, limits=limits, pruned=tl.constexpr(True))
+
+
+def gate_reach(problem: AttentionProblem, found: Gates) -> torch.Tensor:
+    """What V7 says of a key whatever the row, `[B, Hkv, blocks, 2]`: some row of the blocks of
+    `KEPT_BLOCK` rows from one on, of some head of the group, may keep a key of delta >= the first
+    or <= the second. Not packed.
+
+    A key that a row cannot see is judged by that row all the same, if it comes after rows that can:
+    V1 alone has none.
+    """
+    blocks = arguments.padded(problem.seqlen_q) // KEPT_BLOCK[0]
+    reach = found.limits.new_empty((problem.batch, problem.heads_kv, blocks, 2))
+    gate_reach_kernel[(problem.batch * problem.heads_kv,)](
+        reach,
+        found.limits,
+        problem.seqlen_q,
+        blocks,
+        GROUP=problem.group,
+        CHUNK=REACH_CHUNK,
+    )
+    return reach
 
 
 def _heads_first(x: torch.Tensor) -> torch.Tensor:

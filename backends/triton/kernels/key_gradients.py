@@ -26,7 +26,14 @@ from .primitives import (
 from .row_terms import row_of_record
 from .sequences import clear_rest, place_tile, placed
 from .slot_sums import part_of_plane
-from .spans import following_tile, listed_tiles, nth_tile, query_tile_span, slot_tile_span
+from .spans import (
+    following_tile,
+    heads_that_drop,
+    listed_tiles,
+    nth_tile,
+    query_tile_span,
+    slot_tile_span,
+)
 
 
 @triton.jit(do_not_specialize=[*Bounds._fields, "heads_kv", "n_parts"])
@@ -68,6 +75,7 @@ def key_gradients_kernel(
     ACC: tl.constexpr,
     GROUP: tl.constexpr,
     SUB: tl.constexpr,
+    DROPS: tl.constexpr,
 ):
     """dk, dv, the column sums of ds, [B, Hq, Sk], and ddelta, [B, Hkv, Sk], each None if not
     wanted; grid parts * batch * kv heads, heads fastest. A part is a key tile or, of slots, a share
@@ -75,7 +83,7 @@ def key_gradients_kernel(
     up.
 
     Scores are computed transposed, [keys, rows], so that P^T and ds^T enter the products dv = P^T
-    do and dk = ds^T q from registers.
+    do and dk = ds^T q from registers. DROPS: of `preparation.launches`.
     """
     n = tl.program_id(0) % heads_kv
     part = tl.program_id(0) // heads_kv
@@ -96,6 +104,10 @@ def key_gradients_kernel(
         n_q, n_k, left, right, tl.minimum(left_sinks, n_k), tl.minimum(right_sinks, n_k)
     )
     own = part if sequences is not None else tile_k
+    if DROPS is not None and (heads_that_drop(lists, place, n * GROUP, own, GROUP) > 0) != DROPS:
+        return
+    if DROPS is not None and not DROPS:
+        lists = None
     start_k = tile_k * BLOCK_N
     first_key = place.key + start_k
     end_key = place.key + bounds.seqlen_k
@@ -122,7 +134,7 @@ def key_gradients_kernel(
         dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], ACC)
     if ddelta is not None:
         ddelta_acc = tl.zeros([BLOCK_N], ACC)
-    if slots is not None:
+    if slots is not None and lists is None:
         span = slot_tile_span(
             slots, ranges, place, n * GROUP, tile_k, segment_q, bounds.seqlen_q,
             BLOCK_M, BLOCK_N, SUB,
@@ -152,7 +164,7 @@ def key_gradients_kernel(
                 first = n_tiles * share // shares
                 n_tiles = n_tiles * (share + 1) // shares
             if LISTED:
-                upcoming = nth_tile(tiles, lists, 0, PARTIAL)
+                upcoming = nth_tile(tiles, lists, first, PARTIAL)
             for t in range(first, n_tiles):
                 if LISTED:
                     tile_q = upcoming
@@ -259,31 +271,36 @@ def key_gradients(
     places = terms.sequences
     if slots is None:
         places = placed(places, parts, tile.block_n, True)
-    key_gradients_kernel[(parts * batch * problem.heads_kv,)](
-        *arguments.sources(problem, tensors, do, tile),
-        None if dk is None else arguments.operand(dk),
-        None if dv is None else arguments.operand(dv),
-        sums,
-        ddelta,
-        slots,
-        rows,
-        *terms._replace(sequences=places).flat(),
-        lists,
-        arguments.number(problem, problem.softmax_scale),
-        problem.heads_kv,
-        parts,
-        D=problem.head_dim,
-        BLOCK_D=arguments.block_width(problem.head_dim),
-        DV=problem.head_dim_v,
-        BLOCK_DV=arguments.block_width(problem.head_dim_v),
-        PRECISION=arguments.precision(problem),
-        ACC=arguments.accumulator(problem),
-        GROUP=problem.group,
-        SUB=terms.block,
-        **tile.options(),
-    )
+    sources = arguments.sources(problem, tensors, do, tile)
+    for part, drops in preparation.launches(problem, terms):
+        key_gradients_kernel[(parts * batch * problem.heads_kv,)](
+            *sources,
+            None if dk is None else arguments.operand(dk),
+            None if dv is None else arguments.operand(dv),
+            sums,
+            ddelta,
+            slots,
+            rows,
+            *part._replace(sequences=places).flat(),
+            lists,
+            arguments.number(problem, problem.softmax_scale),
+            problem.heads_kv,
+            parts,
+            D=problem.head_dim,
+            BLOCK_D=arguments.block_width(problem.head_dim),
+            DV=problem.head_dim_v,
+            BLOCK_DV=arguments.block_width(problem.head_dim_v),
+            PRECISION=arguments.precision(problem),
+            ACC=arguments.accumulator(problem),
+            GROUP=problem.group,
+            SUB=terms.block,
+            DROPS=drops,
+            **tile.options(),
+        )
     if slots is not None:
-        dk, dv, sums = slot_sums.add_up(problem, slots, terms.sequences, tile.block_n, dk, dv, sums)
+        dk, dv, sums, ddelta = slot_sums.add_up(
+            problem, slots, terms.sequences, tile.block_n, dk, dv, sums, ddelta
+        )
     for x in (dk, dv):
         if x is not None:
             clear_rest(terms.sequences, True, x)

@@ -19,6 +19,7 @@ from flash_sparse_attn.tensors import AttentionTensors
 from . import arguments, blocks, compaction, gates, packing, tiles, tuning
 from .arguments import (
     Bias,
+    Gates,
     PackedMask,
     Ranges,
     Sequences,
@@ -36,6 +37,8 @@ PACK_CHUNK = 256
 """Keys that one program packs."""
 WORDS_CHUNK = 2048
 """Keys that one program reads of a mask in bits."""
+LISTED = {"mask", "intervals", "block_map", "gate_threshold"}
+"""Terms under which tiles are listed, as T1 has them too."""
 LIST_CHUNK = 128
 """Tiles that one program classifies at a time."""
 
@@ -90,7 +93,7 @@ def prepare(
     block = tuning.mask_block(problem)
     packed = problem.mask is not None and problem.mask[2] != 1
     pruned = problem.gate_threshold > 0
-    listed = pruned or kept is not None or problem.terms() & {"mask", "intervals", "block_map"}
+    listed = kept is not None or problem.terms() & LISTED
     compacted = compaction.applies(problem)
     gathers_bias = compacted and problem.bias is not None and problem.bias[2] == 1
     bias, shown = None, None
@@ -116,6 +119,9 @@ def prepare(
         tile = tuning.tile("gate_floor", problem)
         found = gates.prune(problem, terms, list_tiles(problem, terms, None, tile), tile)
         terms = terms._replace(gates=found)
+    if pruned and compacted:
+        ranges, live = key_ranges(problem, tensors, None, block, found)
+        terms = terms._replace(ranges=ranges)
     if not compacted:
         return problem, tensors, terms, None
     rows = tuning.segment_rows(problem, direction, compaction.keys_per_row(problem))
@@ -194,11 +200,17 @@ def key_ranges(
     tensors: AttentionTensors,
     sequences: Sequences | None,
     block: int,
+    pruning: Gates | None = None,
 ) -> tuple[Ranges, Tensor]:
-    """V1, V2, V4, V6 and a key mask as one run of rows per key; and, int32 `[.., blocks]`, how many
-    keys of each block any row sees.
+    """V1, V2, V4, V6 and a key mask as one run of rows per key, an empty one where `pruning` (V7)
+    drops the key from all of them; and, int32 `[.., blocks]`, how many keys of each block any row
+    sees.
     """
     sizes = [(1, 1)]
+    delta = reach = None
+    if pruning is not None:
+        sizes.append((problem.batch, problem.heads_kv))
+        delta, reach = pruning.delta, gates.gate_reach(problem, pruning)
     intervals: _Intervals | None = None
     keys: _KeyMask | None = None
     if problem.intervals is not None:
@@ -231,6 +243,9 @@ def key_ranges(
         *arguments.bounds(problem),
         intervals,
         keys,
+        delta,
+        reach,
+        0 if reach is None else reach.shape[2],
         sequences,
         heads,
         heads_per_head,
@@ -258,9 +273,9 @@ def list_tiles(
 
     None where kernels work them out from bounds alone or, transposed, from the ranges of slots.
     """
-    if terms.ranges is None or (transposed and slots is not None):
-        return None
     pruning = terms.gates if terms.gates is not None and terms.gates.pruned.value else None
+    if terms.ranges is None or (transposed and slots is not None and pruning is None):
+        return None
     sizes = [terms.ranges.first.shape[:2]]
     if terms.mask is not None:
         sizes.append(terms.mask.words.shape[:2])
@@ -299,7 +314,7 @@ def list_tiles(
         )
         return TileLists(index, index, 4, *strides, heads_per_list, tl.constexpr(True))
     n = batch * heads * own
-    made = terms.ranges.first.new_empty(n * (other + 2))
+    made = terms.ranges.first.new_empty(n * (other + 3))
     index, counts = made[: n * other], made[n * other :]
     tiles.list_tiles_kernel[(n,)](
         index,
@@ -319,6 +334,18 @@ def list_tiles(
         **shape,
     )
     return TileLists(index, counts, other, *strides, heads_per_list, tl.constexpr(False))
+
+
+def launches(problem: AttentionProblem, terms: Terms) -> list[tuple[Terms, bool | None]]:
+    """(terms, DROPS) of each launch of an attention kernel.
+
+    Where nothing but T1 asks for lists, the rows of tiles from which it drops nothing are left to a
+    launch that works their tiles out from bounds: DROPS says which rows are those of a launch, None
+    that all are.
+    """
+    if problem.softmax_threshold == 0 or problem.terms() & LISTED:
+        return [(terms, None)]
+    return [(terms._replace(blocks=None, ranges=None), False), (terms, True)]
 
 
 def _broadcast(sizes: list[tuple[int, ...]]) -> list[int]:

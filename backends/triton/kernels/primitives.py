@@ -20,15 +20,13 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 KEPT_ROWS: tl.constexpr = tl.constexpr(KEPT_BLOCK[0])
 KEPT_KEYS: tl.constexpr = tl.constexpr(KEPT_BLOCK[1])
-_LOG2_1P_1: tl.constexpr = tl.constexpr(1.439014697)
-_LOG2_1P_2: tl.constexpr = tl.constexpr(-0.679944138)
-_LOG2_1P_3: tl.constexpr = tl.constexpr(0.325595819)
-_LOG2_1P_4: tl.constexpr = tl.constexpr(-0.084768714)
-_RECIPROCAL_1P_0: tl.constexpr = tl.constexpr(0.999783365)
-_RECIPROCAL_1P_1: tl.constexpr = tl.constexpr(-0.987299109)
-_RECIPROCAL_1P_2: tl.constexpr = tl.constexpr(0.877918329)
-_RECIPROCAL_1P_3: tl.constexpr = tl.constexpr(-0.551806260)
-_RECIPROCAL_1P_4: tl.constexpr = tl.constexpr(0.161620311)
+_LN_1P_1: tl.constexpr = tl.constexpr(0.997448979)
+_LN_1P_2: tl.constexpr = tl.constexpr(-0.471301351)
+_LN_1P_3: tl.constexpr = tl.constexpr(0.225685824)
+_LN_1P_4: tl.constexpr = tl.constexpr(-0.058757195)
+_COARSE_LN_1P_1: tl.constexpr = tl.constexpr(0.987453215)
+_COARSE_LN_1P_2: tl.constexpr = tl.constexpr(-0.408406922)
+_COARSE_LN_1P_3: tl.constexpr = tl.constexpr(0.114635160)
 
 
 @triton.jit
@@ -190,42 +188,51 @@ def load_delta(gates, place, h, j):
 
 
 @triton.jit
-def log2_1p(y, FINE: tl.constexpr):
-    """log2(1 + y) for 0 <= y <= 1.
+def ln_sigmoid(x, onto, FINE: tl.constexpr, COARSE: tl.constexpr):
+    """onto + ln sigma(x ln 2) = onto + min(x, 0) ln 2 - ln(1 + y), y = 2^-|x|.
 
-    Where a 16-bit result follows, by a polynomial (least maximal error, 1e-04), which leaves the
-    unit that takes exponentials and logarithms to the softmax.
+    Where a 16-bit result follows, ln(1 + y) is a polynomial of least maximal error, 7e-5, or where
+    c is small 5e-4: multiply-adds alone, which leaves the unit that takes exponentials and
+    logarithms to the softmax.
     """
+    y = tl.exp2(tl.abs(x) * -1.0)
     if FINE:
-        value = tl.log2(1.0 + y)
+        value = (tl.minimum(x, 0.0) - tl.log2(1.0 + y)) * LN2 + onto
     else:
-        value = y * _LOG2_1P_4 + _LOG2_1P_3
-        value = value * y + _LOG2_1P_2
-        value = value * y + _LOG2_1P_1
-        value = value * y
+        # Not x * LN2 + onto, of which Triton would make a product that starts from x * LN2.
+        value = tl.fma(tl.minimum(x, 0.0), LN2, onto)
+        if COARSE:
+            series = y * -_COARSE_LN_1P_3 - _COARSE_LN_1P_2
+            series = series * y - _COARSE_LN_1P_1
+        else:
+            series = y * -_LN_1P_4 - _LN_1P_3
+            series = series * y - _LN_1P_2
+            series = series * y - _LN_1P_1
+        value = series * y + value
     return value
 
 
 @triton.jit
-def reciprocal_1p(y, FINE: tl.constexpr):
-    """1 / (1 + y) for 0 <= y <= 1, as `log2_1p` (error 2e-04)."""
-    if FINE:
-        value = 1.0 / (1.0 + y)
+def sigmoid_slope(x, FINE: tl.constexpr):
+    """sigma(-x ln 2), the derivative of ln sigma: half of 1 - tanh(x ln 2 / 2), of which the
+    hardware's own tanh (error 2^-11) is enough where a 16-bit result follows.
+    """
+    if FINE or INTERPRETED:
+        y = tl.exp2(tl.abs(x) * -1.0)
+        slope = tl.where(x < 0.0, 1.0, y) / (1.0 + y)
     else:
-        value = y * _RECIPROCAL_1P_4 + _RECIPROCAL_1P_3
-        value = value * y + _RECIPROCAL_1P_2
-        value = value * y + _RECIPROCAL_1P_1
-        value = value * y + _RECIPROCAL_1P_0
-    return value
+        slope = 0.5 - 0.5 * tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x * (0.5 * LN2)], tl.float32, is_pure=True, pack=1
+        )
+    return slope
 
 
 @triton.jit
-def gate(gates, x):
+def gate(gates, x, COARSE: tl.constexpr = False):
     """(c g, g') of S3 for x = alpha delta; x and c g in base 2."""
     if gates.logsigmoid:
-        y = tl.exp2(-tl.abs(x))
-        value = tl.minimum(x, 0.0) - log2_1p(y, gates.fine)
-        slope = tl.where(x < 0.0, 1.0, y) * reciprocal_1p(y, gates.fine)
+        value = ln_sigmoid(x, 0.0, gates.fine, COARSE) * LOG2E
+        slope = sigmoid_slope(x, gates.fine)
     else:
         value = x
         slope = 1.0
@@ -379,6 +386,29 @@ def hide_if(
 
 
 @triton.jit
+def natural_gate(gates, x):
+    """g of S3 for x = alpha delta in base 2."""
+    return ln_sigmoid(x, 0.0, gates.fine, gates.coarse) if gates.logsigmoid else x * LN2
+
+
+@triton.jit
+def gated_scores(x, score, gates, alpha, delta):
+    """(s, c g, g') of S1 and S3 for raw products x without softcap, s in units of `score.outer`,
+    in which the gate is g; c g in base 2. alpha and delta are as in `scores`.
+    """
+    z = alpha * delta
+    if gates.logsigmoid:
+        s = ln_sigmoid(z, x, gates.fine, gates.coarse)
+        gated = ln_sigmoid(z, 0.0, gates.fine, gates.coarse) * score.outer
+        slope = sigmoid_slope(z, gates.fine)
+    else:
+        s = z * LN2 + x
+        gated = z * gates.scale
+        slope = 1.0
+    return s, gated, slope
+
+
+@triton.jit
 def scores(x, score, gates, alpha, delta, bias):
     """(s, slope, gated, gate_slope) of S1 to S4 for raw products x, s in base 2.
 
@@ -393,11 +423,14 @@ def scores(x, score, gates, alpha, delta, bias):
         u = capped(x, score)
         s = u * score.outer
         slope = 1.0 - u * u
+        if gates is not None:
+            gated, gate_slope = gate(gates, alpha * delta, gates.coarse)
+            s = s + gated
+    elif gates is not None:
+        s, gated, gate_slope = gated_scores(x, score, gates, alpha, delta)
+        s = s * score.outer
     else:
         s = x * score.outer
-    if gates is not None:
-        gated, gate_slope = gate(gates, alpha * delta)
-        s = s + gated
     if bias is not None:
         s = s + bias.to(s.dtype) * LOG2E
     return s, slope, gated, gate_slope

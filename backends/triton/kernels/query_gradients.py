@@ -23,7 +23,7 @@ from .primitives import (
 )
 from .row_terms import row_of_record
 from .sequences import clear_rest, place_tile, placed
-from .spans import following_tile, key_tiles, nth_tile
+from .spans import following_tile, heads_that_drop, key_tiles, nth_tile
 
 
 @triton.jit(do_not_specialize=[*Bounds._fields, "heads_q", "group", "tiles_q"])
@@ -61,9 +61,10 @@ def query_gradients_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
+    DROPS: tl.constexpr,
 ):
     """dq and dalpha, [B, Hq, Sq], each None if not wanted; grid query tiles * batch * heads, in the
-    order of the forward.
+    order of the forward. DROPS: of `preparation.launches`.
     """
     h = tl.program_id(0) % heads_q
     nth = tl.program_id(0) // heads_q
@@ -86,6 +87,10 @@ def query_gradients_kernel(
     RAW: tl.constexpr = score.inner is None and gates is None and bias is None
 
     own = nth if PACKED else tile_q
+    if DROPS is not None and (heads_that_drop(lists, place, h, own, 1) > 0) != DROPS:
+        return
+    if DROPS is not None and not DROPS:
+        lists = None
     tiles, n_full, n_partial = key_tiles(bounds, lists, place, h, tile_q, own, BLOCK_M, BLOCK_N)
 
     q_tile = load_tile(q, place.batch, h, first_row, end_row, BLOCK_M, D, BLOCK_D, True, False)
@@ -179,25 +184,28 @@ def query_gradients(
     tiles = arguments.tile_count(problem, problem.seqlen_q, tile.block_m)
     lists = preparation.list_tiles(problem, terms, slots, tile)
     places = placed(terms.sequences, tiles, tile.block_m, False)
-    query_gradients_kernel[(tiles * problem.heads_q,)](
-        *arguments.sources(problem, tensors, do, tile),
-        None if dq is None else arguments.operand(dq),
-        dalpha,
-        rows,
-        *terms._replace(sequences=places).flat(),
-        lists,
-        arguments.number(problem, problem.softmax_scale),
-        problem.heads_q,
-        problem.group,
-        tiles // max(arguments.records(problem), 1),
-        D=problem.head_dim,
-        BLOCK_D=arguments.block_width(problem.head_dim),
-        DV=problem.head_dim_v,
-        BLOCK_DV=arguments.block_width(problem.head_dim_v),
-        PRECISION=arguments.precision(problem),
-        ACC=arguments.accumulator(problem),
-        **tile.options(),
-    )
+    sources = arguments.sources(problem, tensors, do, tile)
+    for part, drops in preparation.launches(problem, terms):
+        query_gradients_kernel[(tiles * problem.heads_q,)](
+            *sources,
+            None if dq is None else arguments.operand(dq),
+            dalpha,
+            rows,
+            *part._replace(sequences=places).flat(),
+            lists,
+            arguments.number(problem, problem.softmax_scale),
+            problem.heads_q,
+            problem.group,
+            tiles // max(arguments.records(problem), 1),
+            D=problem.head_dim,
+            BLOCK_D=arguments.block_width(problem.head_dim),
+            DV=problem.head_dim_v,
+            BLOCK_DV=arguments.block_width(problem.head_dim_v),
+            PRECISION=arguments.precision(problem),
+            ACC=arguments.accumulator(problem),
+            DROPS=drops,
+            **tile.options(),
+        )
     gradients = {}
     if dq is not None:
         clear_rest(terms.sequences, False, dq)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .arguments import Bounds
-from .primitives import ALWAYS, NEVER, bound_range
+from .primitives import ALWAYS, KEPT_ROWS, NEVER, bound_range
 from .sequences import place_tile
 
 
@@ -18,7 +18,7 @@ def store_extrema(extrema, block, first, last):
     tl.store(entry + 3, tl.max(last, axis=0))
 
 
-@triton.jit(do_not_specialize=[*Bounds._fields, "heads", "heads_per_list"])
+@triton.jit(do_not_specialize=[*Bounds._fields, "row_blocks", "heads", "heads_per_list"])
 def key_ranges_kernel(
     first_row,
     last_row,
@@ -32,6 +32,9 @@ def key_ranges_kernel(
     right_sinks,
     intervals,
     keys,
+    delta,
+    reach,
+    row_blocks,
     sequences,
     heads,
     heads_per_list,
@@ -42,7 +45,8 @@ def key_ranges_kernel(
     """Rows that see each of SUB keys, of those that exist, their extrema, and how many of the keys
     any row sees; grid batch * heads * blocks.
 
-    A hidden key starts never and has ended before it starts.
+    A hidden key starts never and has ended before it starts. So has, where `gates.gate_reach` is
+    given, one that V7 drops from every row.
     """
     block = tl.program_id(0) % blocks
     plane = tl.program_id(0) // blocks
@@ -76,9 +80,15 @@ def key_ranges_kernel(
         )
         exists = exists & (tl.load(keys.pointer + at, mask=exists, other=0) != 0)
     shown = exists & (first <= last) & (first < bounds.seqlen_q) & (last >= 0)
+    at = (tl.cast(plane, tl.int64) * blocks + block) * SUB + tl.arange(0, SUB)
+    if reach is not None:  # V7
+        value = tl.load(delta + at)
+        entry = tl.cast(plane, tl.int64) * row_blocks + tl.maximum(first, 0) // KEPT_ROWS
+        up = tl.load(reach + entry * 2, mask=shown, other=float("inf"))
+        down = tl.load(reach + entry * 2 + 1, mask=shown, other=float("-inf"))
+        shown = shown & ((value >= up) | (value <= down) | (value != value))
     first = tl.where(shown, tl.maximum(first, 0), NEVER)
     last = tl.where(shown, tl.minimum(last, bounds.seqlen_q - 1), ALWAYS)
-    at = (tl.cast(plane, tl.int64) * blocks + block) * SUB + tl.arange(0, SUB)
     tl.store(first_row + at, first)
     tl.store(last_row + at, last)
     store_extrema(extrema, tl.cast(plane, tl.int64) * blocks + block, first, last)

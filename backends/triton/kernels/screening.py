@@ -1,12 +1,19 @@
 """The softmax threshold (T1): which blocks are kept, decided before anything is summed up.
 
-Two bounds meet. From below, the sum of a row's exponentials over the tiles that are likely to hold
-much, those on the diagonal and the first keys: T1 lets go what is small against the final sum, all
-the more what is small against a part of it. From above, the greatest score that a row can have with
-a block of keys: the product is largest where every coordinate of the key is the block's greatest or
-least, as q's sign has it (the bound by which Quest selects pages, arXiv 2406.10774). It costs two
-products with one row a block instead of one with each key. Forward and backward then visit what was
-kept.
+Scores are bounded by products of 8-bit integers. With q = s q8 + e, k = t k8 + f, where no element
+of e exceeds s / 2 and none of f exceeds t / 2,
+
+    |<q, k> - s t <q8, k8>|  <=  t / 2 |s q8|_1 + s / 2 |k|_1,
+
+|x|_1 the sum of absolute elements: the integer product is exact, costs half of one of 16 bits, and
+is the same for every dtype. Two bounds then meet. From below, the sum of a row's exponentials over
+the tiles that are likely to hold much, the first and those on the diagonal: T1 lets go what is
+small against the final sum, all the more what is small against a part of it. From above, the
+greatest score of a row in a block of keys. Forward and backward then visit what was kept.
+
+Where few blocks can go, looking at all of them costs more than it saves: a launch over every
+`EACH`th query tile looks at a sample, and those tiles of which one block in `WORTH` can go are
+screened.
 """
 
 from __future__ import annotations
@@ -37,34 +44,59 @@ from .primitives import (
     visible,
 )
 from .sequences import place_tile, placed
-from .spans import key_tiles, nth_tile
+from .sizes import ceil_div
+from .spans import key_tiles, nth_tile, visited_tile
 
-BOXES = 64
-"""Blocks of keys that a program compares with its rows at a time."""
-_SCALARS = [*Bounds._fields, "heads_q", "group", "tiles_q"]
+STEPS: tl.constexpr = tl.constexpr(127.0)
+"""The greatest integer, so that its negative is one too."""
+HALF: tl.constexpr = tl.constexpr(0.5001)
+"""Of a step, what rounding to integers takes from an element, and float32 beside it."""
+NARROWEST = 32
+"""Columns of the least product of 8-bit integers."""
+SOURCES = 2
+"""Of full tiles and of partial ones, from how many a row's sum is bounded: the first, where sinks
+are, and the last, which are near."""
+EACH = 16
+"""Query tiles for which one decides."""
+SAMPLE = 4
+"""Key tiles that decide, where there are `SAMPLE` * 4 or more; else all are looked at."""
+WORTH = 8
 
 
-class Boxes(NamedTuple):
-    """What bounds the scores of a block of keys, by block of the record axis."""
+class KeyBounds(NamedTuple):
+    """What bounds the scores of keys, by block of the record axis."""
 
-    low: torch.Tensor
-    """`[B, Hkv, blocks, D]`: the least coordinates."""
-    high: torch.Tensor
+    keys: torch.Tensor
+    """int8 `[B, Hkv, blocks * block, D]`, D padded with 0: keys in steps of their block."""
+    steps: torch.Tensor
+    """float32 `[B, Hkv, blocks]`: t."""
+    norms: torch.Tensor
+    """Likewise: the greatest |k|_1 of a key of the block."""
     bias: torch.Tensor
-    """`[B, Hq, blocks]`: the greatest bias (S4), 0 without one of keys."""
+    """float32 `[B, Hq, blocks]`: the greatest bias (S4) in base 2, where `biased`."""
     batch: int
-    """In blocks, as `head`; strides of low and high are D times these."""
+    """In blocks, as the others."""
     head: int
     bias_batch: int
     bias_head: int
     biased: Any
 
 
+@triton.jit
+def _in_steps(x, largest):
+    """(x8, step): x in integers of at most `STEPS` steps, `largest` being its greatest absolute
+    element, of all or of a row.
+    """
+    step = tl.where(largest > 0.0, largest * (1.0 / STEPS), 1.0)
+    return tl.floor(x * (1.0 / step) + 0.5).to(tl.int8), step
+
+
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "heads_kv", "blocks"])
-def key_boxes_kernel(
+def key_bounds_kernel(
     k,
-    low,
-    high,
+    keys,
+    steps,
+    norms,
     seqlen_q,
     seqlen_k,
     sequences,
@@ -74,9 +106,8 @@ def key_boxes_kernel(
     BLOCK_D: tl.constexpr,
     SUB: tl.constexpr,
     RECORD: tl.constexpr,
-    ACC: tl.constexpr,
 ):
-    """Least and greatest coordinates of a block of keys; grid batch * kv heads * blocks."""
+    """One block of `KeyBounds`; grid batch * kv heads * blocks. Keys that do not exist are 0."""
     block = tl.program_id(0) % blocks
     plane = tl.program_id(0) // blocks
     n = plane % heads_kv
@@ -87,34 +118,31 @@ def key_boxes_kernel(
         seqlen_q, seqlen_k, sequences, nth, blocks * SUB // RECORD, RECORD, True
     )
     start_k = tile * RECORD + block * SUB % RECORD
-    exists = (start_k + tl.arange(0, SUB) < n_k)[:, None]
-    tile_k = load_tile(
+    x = load_tile(
         k, place.batch, n, place.key + start_k, place.key + n_k, SUB, D, BLOCK_D, True, False
-    ).to(ACC)
-    least = tl.reduce(tl.where(exists, tile_k, float("inf")), 0, _minimum)
-    greatest = tl.reduce(tl.where(exists, tile_k, float("-inf")), 0, _maximum)
-    column = tl.arange(0, BLOCK_D)
-    target = tl.program_id(0).to(tl.int64) * BLOCK_D + column
-    some = (start_k < n_k) & (column < D)
-    tl.store(low + target, tl.where(some, least, 0.0).to(low.dtype.element_ty))
-    tl.store(high + target, tl.where(some, greatest, 0.0).to(high.dtype.element_ty))
+    ).to(tl.float32)
+    exists = (start_k + tl.arange(0, SUB) < n_k)[:, None]
+    x = tl.where(exists, x, 0.0)
+    x8, step = _in_steps(x, tl.max(tl.max(tl.abs(x), 1), 0))
+    row = tl.program_id(0).to(tl.int64) * SUB + tl.arange(0, SUB)
+    tl.store(keys + row[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :], x8)
+    tl.store(steps + tl.program_id(0), step)
+    tl.store(norms + tl.program_id(0), tl.max(tl.sum(tl.abs(x), 1), 0))
 
 
 @triton.jit
-def _maximum(x, y):
-    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+def _products(q8, known, first, BLOCK_N: tl.constexpr, SUB: tl.constexpr, BLOCK_D: tl.constexpr):
+    """<q8, k8> for BLOCK_N keys from the block `first` on."""
+    rows = first.to(tl.int64) * SUB + tl.arange(0, BLOCK_N)
+    k8 = tl.load(known.keys + rows[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :])
+    return tl.dot(q8, tl.trans(k8), out_dtype=tl.int32)
 
 
-@triton.jit
-def _minimum(x, y):
-    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit(do_not_specialize=_SCALARS)
-def row_levels_kernel(
+@triton.jit(do_not_specialize=[*Bounds._fields, "heads_q", "group", "tiles_q", "n_tiles_q"])
+def screen_kernel(
     q,
-    k,
-    level,
+    known,
+    kept,
     seqlen_q,
     seqlen_k,
     left,
@@ -129,23 +157,41 @@ def row_levels_kernel(
     ranges,
     sequences,
     lists,
+    worth,
     threshold,
-    padded,
     heads_q,
     group,
     tiles_q,
+    n_tiles_q,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
+    SUB: tl.constexpr,
+    RISES: tl.constexpr,
+    SOURCES: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    WORTH: tl.constexpr,
+    EACH: tl.constexpr,
+    SAMPLING: tl.constexpr,
 ):
-    """The score in base 2 below which T1 lets an element of a row go, a record; grid as the
-    forward's.
+    """Take from the bits of `kept` those of blocks that a query tile lets go; grid as the
+    forward's. SAMPLING, the last of every EACH tiles looks at a sample and tells by `worth` whether
+    the others shall look at all.
+
+    RISES says whether scores rise with the products; else those of -q do.
     """
     h = tl.program_id(0) % heads_q
     nth = tl.program_id(0) // heads_q
+    if SAMPLING:
+        decision = worth + tl.program_id(0)
+        tl.store(decision, 1)
+        nth = tl.minimum(nth * EACH + EACH - 1, n_tiles_q - 1)
+    else:
+        nth = nth // tiles_q * tiles_q + (tiles_q - 1 - nth % tiles_q)
+        decision = worth + nth // EACH * heads_q + h
+        if tl.load(decision) == 0:
+            return
     place, n_q, n_k, tile_q, exists = place_tile(
         seqlen_q, seqlen_k, sequences, nth, tiles_q, BLOCK_M, False
     )
@@ -156,35 +202,52 @@ def row_levels_kernel(
         return
     start_q = tile_q * BLOCK_M
     i = start_q + tl.arange(0, BLOCK_M)
+    exists = i < n_q
     own = nth if sequences is not None else tile_q
     tiles, n_full, n_partial = key_tiles(bounds, lists, place, h, tile_q, own, BLOCK_M, BLOCK_N)
+    n_tiles = n_full + n_partial
     q_tile = load_tile(
-        q, place.batch, h, place.row + start_q, place.row + bounds.seqlen_q, BLOCK_M, D, BLOCK_D,
-        True, False,
-    )  # fmt: skip
+        q, place.batch, h, place.row + start_q, place.row + n_q, BLOCK_M, D, BLOCK_D, True, False
+    )
+    sign: tl.constexpr = 1.0 if RISES else -1.0
+    q_tile = q_tile.to(tl.float32) * sign
+    q8, step = _in_steps(q_tile, tl.max(tl.abs(q_tile), 1)[:, None])
+    step = tl.reshape(step, [BLOCK_M])
+    half_norm = tl.sum(tl.abs(q8.to(tl.float32)), 1) * step * HALF
+    plane = place.batch * known.batch + h // group * known.head
+    base = plane + place.key_record // SUB
     alpha = None
     if gates is not None:
-        alpha = load_alpha(gates, place, h, i)[:, None]
-    total = tl.zeros([BLOCK_M], ACC)
-    peak = tl.full([BLOCK_M], float("-inf"), ACC)
+        alpha = load_alpha(gates, place, h, i)
+
+    # From below: what a row's sum is at least.
+    total = tl.zeros([BLOCK_M], tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for PARTIAL in tl.static_range(1, -1, -1):
-        for t in range(tl.minimum(n_partial, 4) if PARTIAL else tl.minimum(n_full, 1)):
-            # Of the partial tiles the first, where sinks are, then those from the last back.
-            at = tl.where(t == 0, 0, n_partial - t) if PARTIAL else t
-            start_k = nth_tile(tiles, lists, at, PARTIAL) * BLOCK_N
+        n = n_partial if PARTIAL else n_full
+        for source in range(tl.minimum(n, SOURCES)):
+            t = tl.where(source * 2 < SOURCES, source, n - 1 - (SOURCES - 1 - source))
+            t = tl.where(n < SOURCES, source, t)
+            tile_k = nth_tile(tiles, lists, t, PARTIAL)
+            start_k = tile_k * BLOCK_N
             j = start_k + tl.arange(0, BLOCK_N)
-            k_tile = load_tile(
-                k, place.batch, h // group, place.key + start_k, place.key + bounds.seqlen_k,
-                BLOCK_N, D, BLOCK_D, PARTIAL, False,
-            )  # fmt: skip
-            x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=ACC)
+            first = base + start_k // SUB
+            product = _products(q8, known, first, BLOCK_N, SUB, BLOCK_D)
+            block = first + tl.arange(0, BLOCK_N) // SUB
+            key_step = tl.load(known.steps + block)[None, :]
+            error = half_norm[:, None] * key_step
+            error += step[:, None] * (tl.load(known.norms + block) * HALF)[None, :]
+            x = (product.to(tl.float32) * (step[:, None] * key_step) - error) * sign
+            row_alpha = None
             delta = None
             bias_tile = None
             if gates is not None:
+                row_alpha = alpha[:, None]
                 delta = load_delta(gates, place, h, j)[None, :]
             if bias is not None:
                 bias_tile = load_bias(bias, place, h, i[:, None], j[None, :], bounds)
-            x, _, gated, _ = scores(x, score, gates, alpha, delta, bias_tile)
+            s, _, gated, _ = scores(x, score, gates, row_alpha, delta, bias_tile)
+            x = s.to(tl.float32)
             if PARTIAL:
                 keep = visible(
                     place, h, start_q, start_k, bounds, mask, blocks, ranges,
@@ -198,170 +261,126 @@ def row_levels_kernel(
             total = total * tl.exp2(peak - shift) + tl.sum(tl.exp2(x - shift[:, None]), 1)
             peak = new_peak
     # The keys of the tiles that are visited are no fewer than those that a row sees.
-    n = tl.minimum((n_full + n_partial) * BLOCK_N, bounds.seqlen_k)
+    n = tl.minimum(n_tiles * BLOCK_N, bounds.seqlen_k)
     share = tl.log2(threshold / tl.maximum(n, 1).to(tl.float32))
-    record = (tl.cast(place.batch, tl.int64) * heads_q + h) * padded + place.row_record + i
-    tl.store(level + record, peak + tl.log2(total) + share, mask=i < bounds.seqlen_q)
+    level = tl.where(exists, peak + tl.log2(total) + share, float("inf"))
+
+    # From above: a sample of the tiles, or all of them.
+    GROUPS: tl.constexpr = BLOCK_M // KEPT_ROWS
+    PARTS: tl.constexpr = BLOCK_N // SUB
+    BITS: tl.constexpr = SUB // KEPT_KEYS
+    part = tl.arange(0, PARTS)
+    bits = ((tl.constexpr(1) << BITS) - 1) << part * BITS
+    row = start_q // KEPT_ROWS + tl.arange(0, GROUPS)
+    there = row * KEPT_ROWS < n_q
+    entry = kept.words + tl.cast(place.batch, tl.int64) * kept.batch
+    entry += tl.cast(h, tl.int64) * kept.head + (place.row_block + row).to(tl.int64) * kept.row
+    row_bias = 0.0
+    if bias is not None and not known.biased:  # of rows
+        row_bias = load_bias(bias, place, h, i, i, None)[:, None].to(tl.float32) * LOG2E
+    stride = 1
+    n_looks = n_tiles
+    if SAMPLING:
+        stride = n_tiles // SAMPLE
+        n_looks = tl.where(n_tiles >= SAMPLE * 4, SAMPLE, 0)
+    spared = 0
+    # What belongs to a tile is read one tile ahead.
+    tile_k = visited_tile(tiles, lists, tl.minimum(stride // 2, n_tiles - 1), n_full)
+    key_step = tl.load(known.steps + base + tile_k * PARTS + part)
+    norm = tl.load(known.norms + base + tile_k * PARTS + part)
+    for look in range(n_looks):
+        start_k = tile_k * BLOCK_N
+        first = base + tile_k * PARTS
+        product = _products(q8, known, first, BLOCK_N, SUB, BLOCK_D)
+        most = tl.max(tl.reshape(product, [BLOCK_M, PARTS, SUB]), 2).to(tl.float32)
+        most = most * step[:, None] * key_step[None, :]
+        most += half_norm[:, None] * key_step[None, :] + step[:, None] * (norm * HALF)[None, :]
+        most, _, _, _ = scores(most * sign, score, None, None, None, None)
+        most = most.to(tl.float32)
+        if gates is not None:
+            at = (
+                gates.extrema
+                + tl.cast(place.batch, tl.int64) * gates.extrema_batch
+                + h // gates.heads_per_delta * gates.extrema_head
+                + (place.key_record // SUB + tile_k * PARTS + part) * 2
+            )
+            one, _slope = gate(gates, alpha[:, None] * tl.load(at)[None, :], gates.coarse)
+            other, _slope = gate(gates, alpha[:, None] * tl.load(at + 1)[None, :], gates.coarse)
+            largest = tl.maximum(one, other, propagate_nan=tl.PropagateNan.ALL)
+            most += largest.to(tl.float32)
+        if known.biased:
+            at = tl.cast(place.batch, tl.int64) * known.bias_batch + h * known.bias_head
+            at += place.key_record // SUB + tile_k * PARTS + part
+            most += tl.load(known.bias + at)[None, :]
+        most += row_bias
+        # All rows or none, so that tiles of the attention kernels stay whole.
+        gone = tl.min((most < level[:, None]).to(tl.int32), 0)
+        spared += tl.sum(gone, 0)
+        taken = tl.sum(gone * bits, 0) << (start_k // KEPT_KEYS % 32)
+        tl.atomic_and(
+            entry + start_k // (32 * KEPT_KEYS),
+            tl.zeros([GROUPS], tl.int32) + ~taken,
+            mask=there & (taken != 0),
+            sem="relaxed",
+        )
+        following = tl.minimum((look + 1) * stride + stride // 2, n_tiles - 1)
+        tile_k = visited_tile(tiles, lists, following, n_full)
+        key_step = tl.load(known.steps + base + tile_k * PARTS + part)
+        norm = tl.load(known.norms + base + tile_k * PARTS + part)
+    if SAMPLING:
+        tl.store(decision, (spared * WORTH >= n_looks * PARTS).to(tl.int32))
 
 
-@triton.jit(do_not_specialize=_SCALARS)
-def screen_boxes_kernel(
-    q,
-    boxes,
-    kept,
-    level,
-    seqlen_q,
-    seqlen_k,
-    left,
-    right,
-    left_sinks,
-    right_sinks,
-    score,
-    gates,
-    bias,
-    mask,
-    blocks,
-    ranges,
-    sequences,
-    padded,
-    n_words,
-    heads_q,
-    group,
-    tiles_q,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BOXES: tl.constexpr,
-    SUB: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-    RISES: tl.constexpr,
-):
-    """Write every word of what T1 keeps for a query tile; grid as the forward's.
-
-    RISES says whether scores rise with the products; else it is the least product that bounds them.
-    """
-    h = tl.program_id(0) % heads_q
-    nth = tl.program_id(0) // heads_q
-    place, n_q, n_k, tile_q, exists = place_tile(
-        seqlen_q, seqlen_k, sequences, nth, tiles_q, BLOCK_M, False
-    )
-    if not exists:
-        return
-    start_q = tile_q * BLOCK_M
-    i = start_q + tl.arange(0, BLOCK_M)
-    exists = i < n_q
-    q_tile = load_tile(
-        q, place.batch, h, place.row + start_q, place.row + n_q, BLOCK_M, D, BLOCK_D, True, False
-    )
-    positive = tl.where(q_tile > 0.0, q_tile, 0.0)
-    negative = tl.where(q_tile > 0.0, 0.0, q_tile)
-    record = (tl.cast(place.batch, tl.int64) * heads_q + h) * padded + place.row_record + i
-    row_level = tl.load(level + record, mask=exists, other=0.0)
-    # Keys past the last row's (V1, V2) are seen by none.
-    end = n_k
-    if right is not None:
-        end = tl.minimum(n_k, tl.maximum(start_q + BLOCK_M + n_k - n_q + right, right_sinks))
-    first_box = place.key_record // SUB
-    plane = tl.cast(place.batch, tl.int64) * boxes.batch + h // group * boxes.head
-    column = tl.arange(0, BLOCK_D)
-    alpha = None
-    if gates is not None:
-        alpha = load_alpha(gates, place, h, i)[:, None]
-    WORDS: tl.constexpr = BOXES * SUB // (32 * KEPT_KEYS)
-    PER_BOX: tl.constexpr = SUB // KEPT_KEYS
-    for chunk in range(0, tl.cdiv(n_words, WORDS)):
-        nth_box = chunk * BOXES + tl.arange(0, BOXES)
-        has_keys = nth_box * SUB < end
-        keeps = tl.zeros([BOXES], tl.int32)
-        if chunk * BOXES * SUB < end:
-            at = (plane + first_box + nth_box)[:, None] * BLOCK_D + column[None, :]
-            low = tl.load(boxes.low + at, mask=has_keys[:, None], other=0.0)
-            high = tl.load(boxes.high + at, mask=has_keys[:, None], other=0.0)
-            if not RISES:
-                low, high = high, low
-            x = tl.dot(positive, tl.trans(high), input_precision=PRECISION, out_dtype=ACC)
-            x = tl.dot(negative, tl.trans(low), x, input_precision=PRECISION, out_dtype=ACC)
-            x, _, _, _ = scores(x, score, None, None, None, None)
-            if gates is not None:
-                entry = (
-                    gates.extrema
-                    + tl.cast(place.batch, tl.int64) * gates.extrema_batch
-                    + h // gates.heads_per_delta * gates.extrema_head
-                    + (first_box + nth_box) * 2
-                )
-                least = tl.load(entry, mask=has_keys, other=0.0)[None, :]
-                greatest = tl.load(entry + 1, mask=has_keys, other=0.0)[None, :]
-                one, _slope = gate(gates, alpha * least)
-                other, _slope = gate(gates, alpha * greatest)
-                x += tl.maximum(one, other, propagate_nan=tl.PropagateNan.ALL)
-            if boxes.biased:
-                entry = tl.cast(place.batch, tl.int64) * boxes.bias_batch + h * boxes.bias_head
-                x += tl.load(boxes.bias + entry + first_box + nth_box, mask=has_keys, other=0.0)[
-                    None, :
-                ]
-            if bias is not None and not boxes.biased:  # of rows
-                x += load_bias(bias, place, h, i, i, None)[:, None].to(ACC) * LOG2E
-            spare = (x < row_level[:, None]) | ~exists[:, None]
-            keeps = (has_keys & (tl.min(spare.to(tl.int32), 0) == 0)).to(tl.int32)
-        bits = keeps * ((tl.constexpr(1) << PER_BOX) - 1)
-        nth_in_word = tl.arange(0, BOXES) % (BOXES // WORDS) * PER_BOX
-        words = tl.sum(tl.reshape(bits << nth_in_word, [WORDS, BOXES // WORDS]), 1)
-        word = chunk * WORDS + tl.arange(0, WORDS)
-        row = start_q // KEPT_ROWS + tl.arange(0, BLOCK_M // KEPT_ROWS)
-        there = (row * KEPT_ROWS < n_q)[:, None] & (word < n_words)[None, :]
-        row = (place.row_block + row).to(tl.int64)[:, None]
-        words = words[None, :] + tl.zeros([BLOCK_M // KEPT_ROWS, WORDS], tl.int32)
-        if blocks is not None:  # V5
-            entry = tl.cast(place.batch, tl.int64) * blocks.batch
-            entry += tl.cast(h // blocks.heads_per_head, tl.int64) * blocks.head
-            words &= tl.load(blocks.words + entry + row * blocks.row + word[None, :], mask=there)
-        entry = tl.cast(place.batch, tl.int64) * kept.batch + tl.cast(h, tl.int64) * kept.head
-        tl.store(kept.words + entry + row * kept.row + word[None, :], words, mask=there)
-
-
-def _boxes(problem: AttentionProblem, tensors: AttentionTensors, terms: Terms) -> Boxes:
-    """The boxes of all keys; those of a pair bias are unbounded, so that nothing is dropped."""
-    width = arguments.block_width(problem.head_dim)
+def _key_bounds(problem: AttentionProblem, tensors: AttentionTensors, terms: Terms) -> KeyBounds:
+    """The bounds of all keys; a pair bias is unbounded, so that nothing is dropped."""
+    width = _width(problem)
     length = arguments.record_length(problem, problem.seqlen_k)
-    batch, blocks = arguments.records(problem), length // terms.block
-    low, high = (tensors.k.new_empty((batch, problem.heads_kv, blocks, width)) for _ in range(2))
-    key_boxes_kernel[(batch * problem.heads_kv * blocks,)](
+    batch, n_blocks = arguments.records(problem), length // terms.block
+    shape = (batch, problem.heads_kv, n_blocks)
+    keys = tensors.k.new_empty((*shape, terms.block, width), dtype=torch.int8)
+    steps, norms = (keys.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    key_bounds_kernel[(batch * problem.heads_kv * n_blocks,)](
         arguments.operand(tensors.k),
-        low,
-        high,
+        keys,
+        steps,
+        norms,
         problem.seqlen_q,
         problem.seqlen_k,
         terms.sequences,
         problem.heads_kv,
-        blocks,
+        n_blocks,
         D=problem.head_dim,
         BLOCK_D=width,
         SUB=terms.block,
         RECORD=RECORD_BLOCK,
-        ACC=arguments.accumulator(problem),
     )
-    bias, biased = low, False
+    bias, biased = steps, False
     if terms.bias is not None and terms.bias.has_keys.value:
         biased = True
         if terms.bias.has_rows.value:
-            bias = low.new_full((1, 1, blocks), torch.inf, dtype=torch.float32)
+            bias = steps.new_full((1, 1, n_blocks), torch.inf)
         else:
-            bias = terms.bias.pointer.unflatten(2, (blocks, terms.block)).amax(3)
-            bias = bias * arguments.LOG2E
+            bias = terms.bias.pointer.unflatten(2, (n_blocks, terms.block)).amax(3)
+            bias = bias.float() * arguments.LOG2E
             bias = bias.repeat_interleave(terms.bias.heads_per_head, 1)
-    strides = (0, 0)
-    if biased:
-        strides = arguments.broadcast_strides(bias)[:2]
-    return Boxes(
-        low,
-        high,
-        bias,
-        0 if batch == 1 else problem.heads_kv * blocks,
-        blocks,
-        *strides,
-        tl.constexpr(biased),
+    strides = arguments.broadcast_strides(bias)[:2] if biased else (0, 0)
+    batch_stride = 0 if batch == 1 else problem.heads_kv * n_blocks
+    return KeyBounds(
+        keys, steps, norms, bias, batch_stride, n_blocks, *strides, tl.constexpr(biased)
     )
+
+
+def _width(problem: AttentionProblem) -> int:
+    return max(arguments.block_width(problem.head_dim), NARROWEST)
+
+
+def _all(problem: AttentionProblem, tensors: AttentionTensors, terms: Terms) -> torch.Tensor:
+    """Every block that V5 leaves, as bits of `problem.kept_shape`."""
+    if terms.blocks is None:
+        return tensors.q.new_full(problem.kept_shape, -1, dtype=torch.int32)
+    words = terms.blocks.words[:, :, : problem.kept_shape[2]]
+    words = words.repeat_interleave(terms.blocks.heads_per_head, 1)
+    return words.expand(problem.kept_shape).contiguous()
 
 
 def screen(
@@ -370,54 +389,41 @@ def screen(
     """What is kept (T1), int32 `problem.kept_shape`, and the terms under which only that is
     visited.
     """
-    kept = tensors.q.new_empty(problem.kept_shape, dtype=torch.int32)
-    tile = tuning.tile("forward", problem)
-    width = arguments.block_width(problem.head_dim)
+    kept = _all(problem, tensors, terms)
+    tile = tuning.tile("screen", problem)
     tiles = arguments.tile_count(problem, problem.seqlen_q, tile.block_m)
-    padded = arguments.record_length(problem, problem.seqlen_q)
-    rows = arguments.records(problem) * problem.heads_q
-    level = kept.new_empty(rows * padded, dtype=arguments.sum_dtype(problem))
     lists = preparation.list_tiles(problem, terms, None, tile)
-    places = placed(terms.sequences, tiles, tile.block_m, False)
-    grid = (tiles * problem.heads_q,)
-    q = arguments.source(tensors.q, tile.block_m, width, tile.tma)
-    heads = (problem.heads_q, problem.group, tiles // max(arguments.records(problem), 1))
-    constants = {
-        "D": problem.head_dim,
-        "BLOCK_D": width,
-        "PRECISION": arguments.precision(problem),
-        "ACC": arguments.accumulator(problem),
-    }
-    row_levels_kernel[grid](
-        q,
-        arguments.source(tensors.k, tile.block_n, width, tile.tma),
-        level,
-        *terms._replace(sequences=places).flat(),
-        lists,
-        problem.softmax_threshold,
-        padded,
-        *heads,
-        **constants,
-        **tile.options(),
-    )
     extrema = gates.extrema(problem, terms) if terms.gates is not None else None
-    bounded = terms._replace(gates=extrema, sequences=places)
-    screen_boxes_kernel[grid](
-        q,
-        _boxes(problem, tensors, terms),
+    places = placed(terms.sequences, tiles, tile.block_m, False)
+    groups = ceil_div(tiles, EACH)
+    worth = kept.new_empty(groups * problem.heads_q)
+    operands = (
+        arguments.operand(tensors.q),
+        _key_bounds(problem, tensors, terms),
         of_kept(kept),
-        level,
-        *bounded.flat(),
-        padded,
-        kept.shape[3],
-        *heads,
-        **constants,
-        BLOCK_M=tile.block_m,
-        BOXES=BOXES,
-        SUB=terms.block,
-        RISES=problem.softmax_scale >= 0,
-        num_warps=tile.warps,
+        *terms._replace(gates=extrema, sequences=places).flat(),
+        lists,
+        worth,
+        problem.softmax_threshold,
+        problem.heads_q,
+        problem.group,
+        tiles // max(arguments.records(problem), 1),
+        tiles,
     )
+    for sampling, programs in ((True, groups), (False, tiles)):
+        screen_kernel[(programs * problem.heads_q,)](
+            *operands,
+            D=problem.head_dim,
+            BLOCK_D=_width(problem),
+            SUB=terms.block,
+            RISES=problem.softmax_scale >= 0,
+            SOURCES=SOURCES,
+            SAMPLE=SAMPLE,
+            WORTH=WORTH,
+            EACH=EACH,
+            SAMPLING=sampling,
+            **tile.options(),
+        )
     if terms.ranges is None:
         ranges, _live = preparation.key_ranges(problem, tensors, terms.sequences, terms.block)
         terms = terms._replace(ranges=ranges)

@@ -118,9 +118,11 @@ def sum_slots_kernel(
     dk_parts,
     dv_parts,
     dbias_parts,
+    ddelta_parts,
     dk,
     dv,
     dbias,
+    ddelta,
     slots,
     sequences,
     offset,
@@ -140,7 +142,7 @@ def sum_slots_kernel(
     GROUP: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """dk, dv and dbias, each None if not wanted; grid tiles of the record * batch * kv heads.
+    """dk, dv, dbias and ddelta, None if not wanted; grid tiles of the record * batch * kv heads.
 
     A program clears the gradients of those of KEYS keys that no row sees, and adds up those of KEYS
     others of the sequence: the nth live ones, since live keys that lie far apart would leave it
@@ -155,12 +157,14 @@ def sum_slots_kernel(
         seqlen_q, seqlen_k, sequences, start // RECORD, length // RECORD, RECORD, True
     )
     record = plane * length + place.key_record
-    head = (tl.cast(b, tl.int64) * heads_kv + n) * GROUP
+    plane_kv = tl.cast(b, tl.int64) * heads_kv + n
+    head = plane_kv * GROUP
     g = tl.arange(0, BLOCK_G)
     nth_key = block * RECORD + start % RECORD + tl.arange(0, KEYS)
     dk_acc = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([KEYS, BLOCK_DV], tl.float32)
     dbias_acc = tl.zeros([KEYS, BLOCK_G], tl.float32)
+    ddelta_acc = tl.zeros([KEYS], tl.float32)
 
     exists = nth_key < n_k
     _, times = _segments_of_key(slots, record + nth_key, exists)
@@ -173,6 +177,8 @@ def sum_slots_kernel(
     if dbias is not None:
         keep = dead[:, None] & (g < GROUP)[None, :]
         tl.store(dbias + (head + g)[None, :] * seqlen_k + key[:, None], dbias_acc, mask=keep)
+    if ddelta is not None:
+        tl.store(ddelta + plane_kv * seqlen_k + key, ddelta_acc, mask=dead)
 
     exists = nth_key < tl.load(live_count_of(slots.live_count, sequences, plane, place))
     j = tl.load(slots.live + record + nth_key, mask=exists, other=0)
@@ -189,6 +195,9 @@ def sum_slots_kernel(
         if dbias is not None:
             part = dbias_parts + (head * n_targets + target[:, None].to(tl.int64) * GROUP + g)
             dbias_acc += tl.load(part, mask=has[:, None] & (g < GROUP)[None, :], other=0.0)
+        if ddelta is not None:
+            part = ddelta_parts + (plane_kv * n_targets + target)
+            ddelta_acc += tl.load(part, mask=has, other=0.0)
         if dk is not None:
             dk_acc += _load_rows(dk_parts, b, n, target, has, D, BLOCK_D)
         if dv is not None:
@@ -200,6 +209,8 @@ def sum_slots_kernel(
     if dbias is not None:
         keep = exists[:, None] & (g < GROUP)[None, :]
         tl.store(dbias + (head + g)[None, :] * seqlen_k + key[:, None], dbias_acc, mask=keep)
+    if ddelta is not None:
+        tl.store(ddelta + plane_kv * seqlen_k + key, ddelta_acc, mask=exists)
 
 
 @triton.jit
@@ -228,9 +239,10 @@ def add_up(
     dk_parts: Tensor | None,
     dv_parts: Tensor | None,
     dbias_parts: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    ddelta_parts: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dk `[B, Sk, Hkv, D]`, dv `[B, Sk, Hkv, Dv]` in the dtype of the call, dbias float32
-    `[B, Hq, Sk]`.
+    `[B, Hq, Sk]` and ddelta `[B, Hkv, Sk]`.
 
     Args:
         problem: of the call.
@@ -239,6 +251,7 @@ def add_up(
         block_n: keys of a tile of `key_gradients_kernel`.
         dk_parts, dv_parts: float32 `[B, parts * block_n, Hkv, {D,Dv}]`, or None.
         dbias_parts: float32 `[B, Hkv, parts * block_n, G]`, or None.
+        ddelta_parts: float32 `[B, Hkv, parts * block_n]`, or None.
     """
     planes, length = slots.first[..., 0].numel(), slots.first.shape[-1]
     lengths = (problem.seqlen_q, problem.seqlen_k, length)
@@ -259,12 +272,17 @@ def add_up(
     dbias = None
     if dbias_parts is not None:
         dbias = dbias_parts.new_empty((batch, problem.heads_q, problem.seqlen_k))
+    ddelta = None
+    if ddelta_parts is not None:
+        ddelta = ddelta_parts.new_empty((batch, problem.heads_kv, problem.seqlen_k))
     targets = parts_of_plane(slots, block_n) * block_n
     sum_slots_kernel[(length // KEYS * batch * problem.heads_kv,)](
         *(None if x is None else arguments.operand(x) for x in (dk_parts, dv_parts)),
         dbias_parts,
+        ddelta_parts,
         *(None if x is None else arguments.operand(x) for x in (dk, dv)),
         dbias,
+        ddelta,
         slots,
         sequences,
         offset,
@@ -282,4 +300,4 @@ def add_up(
         GROUP=problem.group,
         BLOCK_G=power_of_2(problem.group),
     )
-    return dk, dv, dbias
+    return dk, dv, dbias, ddelta

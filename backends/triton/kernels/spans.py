@@ -154,9 +154,20 @@ def listed_tiles(lists, place, h, own):
         n_partial = (full_low - low) + (high - full_high)
     else:
         tiles = index
-        n_full = tl.load(lists.counts + listed * 2)
-        n_partial = tl.load(lists.counts + listed * 2 + 1)
+        n_full = tl.load(lists.counts + listed * 3)
+        n_partial = tl.load(lists.counts + listed * 3 + 1)
     return tiles, n_full, n_partial
+
+
+@triton.jit
+def heads_that_drop(lists, place, h, own, HEADS: tl.constexpr):
+    """How many of HEADS heads, from h on, miss blocks in a tile row of `lists` (T1)."""
+    row = tl.cast(place.batch, tl.int64) * lists.batch + own
+    found = 0
+    for g in tl.static_range(HEADS):
+        head = (h + g) // lists.heads_per_head * lists.head
+        found += tl.load(lists.counts + (row + head) * 3 + 2)
+    return found
 
 
 @triton.jit
@@ -173,6 +184,14 @@ def nth_tile(tiles, lists, t, PARTIAL: tl.constexpr):
         else:
             tile_k = full_low + t
     return tile_k
+
+
+@triton.jit
+def visited_tile(tiles, lists, t, n_full):
+    """Number of the t-th tile of all: the full ones, then the partial ones."""
+    full = nth_tile(tiles, lists, t, False)
+    partial = nth_tile(tiles, lists, tl.maximum(t - n_full, 0), True)
+    return tl.where(t < n_full, full, partial)
 
 
 @triton.jit

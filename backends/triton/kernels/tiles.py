@@ -27,14 +27,13 @@ def classify(
     h,
     bounds,
     mask,
-    blocks,
     ranges,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SUB: tl.constexpr,
 ):
     """(some, all): whether a tile may hold a visible element, and whether every element of it
-    exists and is visible, but for V7.
+    exists and is visible, by all rules but V5, V7 and T1.
 
     Tile numbers may be tensors. `some` is a bound: a tile in which rules empty each other out only
     together is visited and found empty.
@@ -83,24 +82,40 @@ def classify(
                 any_ = any_ | (present & (kind != EMPTY))
                 all_ = all_ & (kind == FULL)
         some = some & any_
-    if blocks is not None:  # V5, T1
-        at = (
-            blocks.words
-            + tl.cast(place.batch, tl.int64) * blocks.batch
-            + tl.cast(h // blocks.heads_per_head, tl.int64) * blocks.head
-            + start_k // (32 * KEPT_KEYS)
-        )
-        every: tl.constexpr = (tl.constexpr(1) << BLOCK_N // KEPT_KEYS) - 1
-        any_ = tile_k < 0
-        for part in tl.static_range(BLOCK_M // KEPT_ROWS):
-            row = start_q // KEPT_ROWS + part
-            present = (row * KEPT_ROWS < bounds.seqlen_q) & (start_k < bounds.seqlen_k)
-            entry = at + (place.row_block + row).to(tl.int64) * blocks.row
-            bits = tl.load(entry, mask=present, other=0) >> (start_k // KEPT_KEYS % 32) & every
-            any_ = any_ | (bits != 0)
-            all_ = all_ & (bits == every)
-        some = some & any_
     return some, all_ & some
+
+
+@triton.jit
+def block_classes(
+    tile_q,
+    tile_k,
+    place,
+    h,
+    bounds,
+    blocks,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """(some, all) by V5 and T1 alone, of rows that exist. Tile numbers may be tensors."""
+    start_q = tile_q * BLOCK_M
+    start_k = tile_k * BLOCK_N
+    at = (
+        blocks.words
+        + tl.cast(place.batch, tl.int64) * blocks.batch
+        + tl.cast(h // blocks.heads_per_head, tl.int64) * blocks.head
+        + start_k // (32 * KEPT_KEYS)
+    )
+    every: tl.constexpr = (tl.constexpr(1) << BLOCK_N // KEPT_KEYS) - 1
+    some = tile_k < 0
+    all_ = tile_k >= 0
+    for part in tl.static_range(BLOCK_M // KEPT_ROWS):
+        row = start_q // KEPT_ROWS + part
+        present = (row * KEPT_ROWS < bounds.seqlen_q) & (start_k < bounds.seqlen_k)
+        entry = at + (place.row_block + row).to(tl.int64) * blocks.row
+        bits = tl.load(entry, mask=present, other=0) >> (start_k // KEPT_KEYS % 32) & every
+        some = some | (bits != 0)
+        all_ = all_ & ((bits == every) | ~present)
+    return some, all_
 
 
 @triton.jit
@@ -174,7 +189,8 @@ def list_tiles_kernel(
     TRANSPOSED: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """The list of one query tile's key tiles or, transposed, of one key tile's query tiles.
+    """The list of one query tile's key tiles or, transposed, of one key tile's query tiles, and
+    whether blocks are missing there (V5, T1).
 
     Grid batch * list heads * `n_own` tile rows; a list has room for `length` tiles.
     """
@@ -198,13 +214,19 @@ def list_tiles_kernel(
     row = index + list_at * length
     n_full = 0
     n_partial = 0
+    missing = 0
     for first in range(0, n_other, CHUNK):
         other = first + tl.arange(0, CHUNK)
         tile_q = other if TRANSPOSED else own
         tile_k = own if TRANSPOSED else other
         some, whole = classify(
-            tile_q, tile_k, place, h, bounds, mask, blocks, ranges, BLOCK_M, BLOCK_N, SUB
+            tile_q, tile_k, place, h, bounds, mask, ranges, BLOCK_M, BLOCK_N, SUB
         )
+        if blocks is not None:
+            any_, all_ = block_classes(tile_q, tile_k, place, h, bounds, blocks, BLOCK_M, BLOCK_N)
+            missing |= tl.max((some & ~all_ & (other < n_other)).to(tl.int32), 0)
+            some = some & any_
+            whole = whole & all_
         if gates is not None:
             any_, all_ = gate_classes(
                 tile_q, tile_k, place, h, bounds, gates, BLOCK_M, BLOCK_N, SUB
@@ -217,8 +239,9 @@ def list_tiles_kernel(
         tl.store(row + length - (n_partial + tl.cumsum(partial, 0)), other, mask=partial != 0)
         n_full += tl.sum(full, axis=0)
         n_partial += tl.sum(partial, axis=0)
-    tl.store(counts + list_at * 2, n_full)
-    tl.store(counts + list_at * 2 + 1, n_partial)
+    tl.store(counts + list_at * 3, n_full)
+    tl.store(counts + list_at * 3 + 1, n_partial)
+    tl.store(counts + list_at * 3 + 2, missing)
 
 
 @triton.jit(
@@ -263,7 +286,7 @@ def span_tiles_kernel(
     start = segment.slot // BLOCK_N
     nth = tl.arange(0, TILES)
     some, whole = classify(
-        tile_q, start + nth, place, h, bounds, None, None, ranges, BLOCK_M, BLOCK_N, SUB
+        tile_q, start + nth, place, h, bounds, None, ranges, BLOCK_M, BLOCK_N, SUB
     )
     some = some & (nth < segment.capacity // BLOCK_N)
     whole = whole & (nth < segment.capacity // BLOCK_N)

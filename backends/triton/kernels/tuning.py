@@ -45,6 +45,8 @@ class Tile:
         warps: warps of a program.
         stages: depth of the software pipeline.
         tma: whether tiles are loaded by the copy engine where their layout allows it.
+        registers: of a thread, at most, so that more programs run at a time; 0 = as many as it
+            takes.
     """
 
     block_m: int
@@ -52,23 +54,27 @@ class Tile:
     warps: int
     stages: int
     tma: bool
+    registers: int = 0
 
     def options(self) -> dict[str, Any]:
         """Keywords of a kernel launch."""
-        return {
+        options = {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
             "num_warps": self.warps,
             "num_stages": self.stages,
         }
+        return options | ({"maxnreg": self.registers} if self.registers else {})
 
 
 def tile(kernel: str, problem: AttentionProblem, gathered: bool = False) -> Tile:
     """The tile of a kernel for a problem, over all keys or over gathered ones."""
+    gathered = gathered and problem.gate is None  # whose tiles are listed, not a short span
     unfit = set() if gathered else {"gathered"}
-    light = {"causal", "window", "sinks"} | ({"mask", "intervals"} if gathered else set())
+    light = {"causal", "window", "sinks", "softmax_threshold"}
+    light |= {"mask", "intervals"} if gathered else set()
     if kernel == "forward":
-        light |= {"gate", "gate_threshold", "softmax_threshold", "block_map"}
+        light |= {"gate", "gate_threshold", "block_map"}
     if not problem.terms() <= light:
         unfit.add("bare")
     if problem.bias is not None and 1 not in problem.bias[2:] and problem.bias_dtype.itemsize == 4:
@@ -119,16 +125,18 @@ def _lookup(kernel: str, arch: int, itemsize: int, head_dim: int, unfit: frozens
         row
         for row in rows
         if family in row["arch"]
-        and row["bytes"] == itemsize
+        and row.get("bytes", itemsize) == itemsize
         and head_dim <= row["dim"]
         and not any(row.get(kind, False) for kind in unfit)
     )
-    return Tile(row["m"], row["n"], row["warps"], row["stages"], row["tma"])
+    names = ("m", "n", "warps", "stages", "tma")
+    return Tile(*(row[name] for name in names), row.get("registers", 0))
 
 
 DECODE_SHARED_MEMORY = {80: 101376, 90: 232448, 100: 232448, 120: 101376}
 """Bytes that the programs of a multiprocessor share for certain, by family."""
-MOST_DECODE_PROGRAMS = 4
+MOST_DECODE_PROGRAMS = {True: 3, False: 4}
+"""On a multiprocessor, by whether the copy engine reads for them."""
 INTERPRETED_DECODE_PROGRAMS = 12
 
 
@@ -145,6 +153,7 @@ def decode_slots(problem: AttentionProblem, tile: Tile, device: torch.device) ->
         return INTERPRETED_DECODE_PROGRAMS
     memory = DECODE_SHARED_MEMORY[max(x for x in DECODE_SHARED_MEMORY if x <= problem.arch)]
     width = power_of_2(problem.head_dim) + power_of_2(problem.head_dim_v)
-    pipeline = tile.stages * tile.block_n * width * problem.dtype.itemsize
-    programs = max(1, min(MOST_DECODE_PROGRAMS, memory // pipeline))
+    tiles = tile.stages if tile.tma else max(1, tile.stages - 1)  # pointers need one buffer less
+    pipeline = tiles * tile.block_n * width * problem.dtype.itemsize
+    programs = max(1, min(MOST_DECODE_PROGRAMS[tile.tma], memory // pipeline))
     return _multiprocessors(device) * programs

@@ -71,7 +71,7 @@ class Kernel:
     @property
     def hot_loops(self) -> list[Loop]:
         """Every innermost loop with matrix products."""
-        product = r"\s(?:\w*HMMA|HGMMA|UTCHMMA|FFMA)"
+        product = r"\s(?:\w*HMMA|HGMMA|UTCHMMA|I\w*MMA|FFMA)"
         spans = [x for x in self._backward_jumps() if self._matching(product, *x)]
         inner = [
             x for x in spans if not any(x[0] <= y[0] and y[1] <= x[1] for y in spans if y != x)

@@ -100,7 +100,8 @@ def test_one_token(form, dim):
     assert bool(attend.count("UTMALDG")) == ((form, dim) in BY_COPY_ENGINE)
     if form != "tested lists" and (form, dim) not in BY_COPY_ENGINE:
         assert attend.count("LDGSTS")
-    assert ("once_kernel" in found) == (form == "long lists")
+    assert ("sort_kernel" in found) == (form == "long lists")
+    assert all(kernel.count("ACQBULK") for kernel in found.values()), "a kernel that does not wait"
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY)

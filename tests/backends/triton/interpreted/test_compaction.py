@@ -152,7 +152,7 @@ def visited_keys(lists, b, h, own):
         low, full_low, full_high, high = index
         assert low <= full_low <= full_high <= high
         return list(range(low, high)), list(range(full_low, full_high))
-    n_full, n_partial = lists.counts[2 * at : 2 * at + 2].tolist()
+    n_full, n_partial = lists.counts[3 * at : 3 * at + 2].tolist()
     full = index[:n_full]
     return sorted(full + index[lists.length - n_partial :]), full
 

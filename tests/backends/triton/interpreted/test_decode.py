@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from flash_sparse_attn.backends.triton.kernels import decode as kernels
+from flash_sparse_attn.backends.triton.kernels import decode_lists
 from torch import Tensor
 
 from flash_sparse_attn.problem import AttentionOptions, Form
@@ -125,17 +126,34 @@ def lists(count: int, high: int) -> Tensor:
 @pytest.mark.parametrize("tested", [True, False])
 @pytest.mark.parametrize("count", [1, 64, 300, 1500])
 def test_a_key_listed_twice_counts_once(tested, count):
-    """V6, whether tiles look for repeats or a kernel has removed them."""
+    """V6, whether tiles look for repeats or a kernel has sorted the list."""
     made = call(2, 250, key_indices=lists(count, 260), options={"causal": True})
     with poisoned_memory("cpu"), checked_memory():
         results = kernels.decode(made.problem, made.tensors, cut(made, 2, repeats_tested=tested))
     assert not made.judge(*results)
 
 
-def test_the_ways_to_find_repeats_agree():
-    made = call(key_indices=lists(300, 200))
-    first, second = (decode(made, cut(made, 3, repeats_tested=x)) for x in (True, False))
-    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+@pytest.mark.parametrize("lengths", [None, (3000, 1100)])
+@pytest.mark.parametrize(("count", "entries"), [(1, 2048), (300, 2048), (300, 64)])
+def test_lists_are_sorted(monkeypatch, lengths, count, entries):
+    """Every key once, ascending, in all ranges of keys together; what is no key is -1."""
+    monkeypatch.setattr(decode_lists, "KEYS", 1024)
+    monkeypatch.setattr(decode_lists, "MOST_ENTRIES", entries)
+    listed = lists(count, 3010)
+    listed[:, :, ::7] = torch.tensor(-(2**31))
+    listed[:, :, 1::7] = torch.tensor(2**31 - 1)
+    listed[0, 0, 2::7] = 2999
+    terms = {}
+    if lengths is not None:
+        terms["cache_seqlens"] = torch.tensor(lengths, dtype=torch.int32)
+    made = call(seqlen_k=3000, key_indices=listed, **terms)
+    with poisoned_memory("cpu"), checked_memory():
+        found = decode_lists.ascending(made.problem, made.tensors, OVERLAP=False)
+    for b, length in enumerate(lengths or (3000, 3000)):
+        for got, given in zip(found[b], listed[b], strict=True):
+            want = given[(given >= 0) & (given < length)].unique()
+            assert torch.equal(got[got >= 0], want)
+            assert (got[got < 0] == -1).all()
 
 
 def test_the_same_key_alone():
@@ -218,9 +236,21 @@ def test_one_row_needs_no_bounds():
     assert bounds[1].right is None
 
 
+@pytest.mark.parametrize(("batch", "count", "tested"), [(2, 1024, 1), (2, 1025, 0), (40, 1024, 0)])
+def test_long_and_many_lists_are_sorted(batch, count, tested):
+    listed = torch.zeros(batch, 2, count, dtype=torch.int32)
+    made = call(batch=batch, seqlen_k=8, key_indices=listed)
+    assert kernels.plan(made.problem, made.tensors).repeats_tested == bool(tested)
+
+
 def test_plans_fill_the_slots():
-    """Few splits where sequences fill the GPU, many where one does not, none without keys."""
-    assert kernels._splits(programs=300, slots=264, most=100) == 1
+    """Few splits where sequences fill the GPU, more where they leave a wave half empty, many where
+    one does not fill it, none without keys.
+    """
+    assert kernels._splits(programs=256, slots=264, most=100) == 1
+    assert kernels._splits(programs=2600, slots=264, most=100) == 1
+    assert kernels._splits(programs=384, slots=264, most=100) == 2
+    assert kernels._splits(programs=384, slots=264, most=1) == 1
     assert kernels._splits(programs=128, slots=264, most=100) == 2
     assert kernels._splits(programs=8, slots=264, most=2000) == 32
     assert kernels._splits(programs=1, slots=264, most=5) == 5

@@ -124,12 +124,13 @@ def test_sums(case):
     for x in (dk, dv):
         x.masked_fill_(~work.mT[..., None], math.nan)
     dbias.masked_fill_(~work[..., None], math.nan)
+    ddelta = draw.normal(batch, heads_kv, n_parts * BLOCK_N).masked_fill_(~work, math.nan)
 
     runs = []
     for _ in range(2):
         fresh = slots._replace(count=slots.count.clone())
         with poisoned_memory("cpu"), checked_memory():
-            runs.append(slot_sums.add_up(problem, fresh, None, BLOCK_N, dk, dv, dbias))
+            runs.append(slot_sums.add_up(problem, fresh, None, BLOCK_N, dk, dv, dbias, ddelta))
     for x, y in zip(*runs, strict=True):
         assert same_bits(x, y)
 
@@ -145,6 +146,7 @@ def test_sums(case):
                     want[0][b, key, n] += dk[b, at, n]
                     want[1][b, key, n] += dv[b, at, n]
                     want[2][b, group, key] += dbias[b, n, at]
+                    want[3][b, n, key] += ddelta[b, n, at]
     for x, y in zip(runs[0], want, strict=True):
         torch.testing.assert_close(x.double(), y, rtol=1e-6, atol=2e-6)
 
@@ -155,8 +157,8 @@ def test_sums_that_are_not_wanted():
     slots = found.slots._replace(count=found.slots.count.clone())
     targets = slot_sums.parts_of_plane(slots, BLOCK_N) * BLOCK_N
     dbias = torch.ones(problem.batch, problem.heads_kv, targets, problem.group)
-    dk, dv, sums = slot_sums.add_up(problem, slots, None, BLOCK_N, None, None, dbias)
-    assert dk is None
-    assert dv is None
+    unwanted = (None, None)
+    *others, sums, ddelta = slot_sums.add_up(problem, slots, None, BLOCK_N, *unwanted, dbias, None)
+    assert (*others, ddelta) == (None, None, None)
     times = (found.keys[..., None] == torch.arange(problem.seqlen_k)).sum(2)
     assert torch.equal(sums, times.repeat_interleave(problem.group, 1).float())

@@ -261,8 +261,9 @@ def test_lists_of_tiles(case, tile, transposed):
     for b, h, t in itertools.product(range(batch), range(heads[0]), range(own)):
         at = b * lists.batch + h // lists.heads_per_head * lists.head + t
         index = lists.index.view(-1, other)[at].tolist()
-        n_full, n_partial = lists.counts.view(-1, 2)[at].tolist()
+        n_full, n_partial, missing = lists.counts.view(-1, 3)[at].tolist()
         full, partial = index[:n_full], index[other - n_partial :]
+        assert not missing  # blocks
         assert full == every[b, h, t].nonzero().flatten().tolist()
         assert len({*full, *partial}) == n_full + n_partial
         assert {*full, *partial} <= {*range(other)}
