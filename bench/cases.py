@@ -20,6 +20,7 @@ DEFAULT_SUITES = {
     "threshold": "blocks-dropped",
     "gated": "gates",
     "block": "block-masks",
+    "streaming": "constant-cost",
 }
 """Command -> the suite that it runs unless told otherwise."""
 

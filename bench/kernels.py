@@ -26,7 +26,7 @@ PATTERNS = (
     (r"^(forward|(key|query)_gradients?|row_terms|bias_gradient|sum_\w+)_kernel", ATTENTION),
     (r"^(attend|scores|kept|merge)_kernel", ATTENTION),  # of a cache
     (r"^(key_ranges|pack_mask|\w+_tiles|block_words|record|clear_rest)_kernel", PREPARATION),
-    (r"^(delta_extrema|gate_floor|highest_gates|sort|admit)_kernel", PREPARATION),
+    (r"^(delta_extrema|gate_floor|gate_reach|highest_gates|sort|admit)_kernel", PREPARATION),
     (r"^(key_bounds|screen)_kernel", PREPARATION),
     (r"^(live|segment|gather|count|index)_\w+_kernel", PREPARATION),
     (r"\b(at|at_cuda_detail|cub)::|^Mem(set|cpy)", PREPARATION),  # torch's own

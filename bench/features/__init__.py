@@ -22,6 +22,7 @@ MODULES = {
     "threshold": "threshold",
     "gated": "gated",
     "block": "block",
+    "streaming": "streaming",
 }
 """Command -> module."""
 

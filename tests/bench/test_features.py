@@ -9,8 +9,9 @@ import torch
 
 from bench import cases, check, derived, features, report, results, runner, timing
 from bench.__main__ import main
-from bench.features import block, decode, gated, packed, threshold
+from bench.features import block, decode, gated, packed, streaming, threshold
 from flash_sparse_attn import BlockMap, IntervalMask, flash_sparse_attn_func, reference
+from flash_sparse_attn.modules import DynamicMaskCache
 
 CPU = torch.device("cpu")
 COMMANDS = tuple(features.MODULES)
@@ -27,6 +28,7 @@ BASELINES = {
     "threshold": {"dense"},
     "gated": {"dense", "unpruned"},
     "block": set(),
+    "streaming": {"short", "full"},
 }
 EVERY = [entry for command in COMMANDS for entry in smoke(command)]
 
@@ -265,6 +267,63 @@ def test_a_block_mask_holds_what_the_case_says(form):
         assert int(question.document.max()) == 3
 
 
+def test_a_step_is_that_of_a_full_cache_after_its_context():
+    case = streaming.Case(**SIZES | {"batch": 3}, window_size=8, short=32)
+    step = streaming.build(case, CPU, False)
+    assert step.traffic == 2 * 3 * 2 * 8 * 16 * 4
+    cache = streaming.cache_before(case, step)
+    assert cache.held.tolist() == [8] * 3
+    assert all(len(set(row.tolist())) == 8 for row in cache.position.flatten(0, 1))
+    assert 0 <= int(cache.position.min()) <= int(cache.position.max()) < 64
+    new = step.q, step.k[:, -1:], step.v[:, -1:], step.scores[..., -1:]
+    for token in range(64, 64 + 20):  # admitted by every call, in the end beside nothing else
+        assert cache.seqlen.tolist() == [token] * 3
+        o = cache.attend(*new, backend="reference")
+        assert (cache.position == token).any(2).all()
+    assert int(cache.position.min()) == 64 + 20 - 8
+    assert torch.allclose(o, step.v[:, -1:].repeat_interleave(2, 2), atol=1e-5)
+
+
+def run_streaming(tmp_path):
+    settings = runner.Settings("streaming", seconds=0.001, only="S96")
+    (record,) = runner.run(cases.load("smoke", "streaming"), settings, CPU, tmp_path)["cases"]
+    return {row["contender"]: row for row in record["rows"]}
+
+
+def test_the_memory_of_a_cache_stands_beside_that_of_its_baselines(tmp_path):
+    rows = run_streaming(tmp_path)
+    own, short, full = (
+        rows[f"fsa-reference{x}"]["figures"]["cache (MiB)"] for x in ("", "-short", "-full")
+    )
+    assert own == short
+    assert full == 2 * 2 * 96 * 2 * 16 * 4 / 2**20
+
+
+def test_a_cache_that_rejects_the_new_token_is_wrong(tmp_path, monkeypatch):
+    class Rejecting(DynamicMaskCache):
+        def _admit(self, key, *more):
+            if key.shape[1] > 1:
+                super()._admit(key, *more)
+
+    monkeypatch.setattr(streaming, "DynamicMaskCache", Rejecting)
+    rows = run_streaming(tmp_path)
+    assert rows["fsa-reference"]["status"] == results.WRONG
+    assert rows["fsa-reference-full"]["status"] == results.OK
+
+
+def test_contexts_of_the_streaming_suite_are_those_of_the_issue():
+    suite = cases.load("constant-cost", "streaming")
+    sizes = {(case.batch, case.seqlen, case.short) for case in suite.cases}
+    assert sizes == {(batch, seqlen, 4096) for batch in (1, 16) for seqlen in (4096, 1048576)}
+    (bound,) = (asked for asked in suite.asked if asked.most is not None)
+    assert (bound.figure, bound.against, bound.most) == ("time", "own-short", 1.05)
+    for case in suite.cases:
+        assert (re.search(bound.cases, case.name) is None) is (case.seqlen == case.short)
+        left_out = suite.left_out("fsa-triton-full", case)
+        assert (left_out is not None) is (case.batch * case.seqlen == 2**24)
+        assert suite.left_out("fsa-triton-short", case) is None
+
+
 def made(own, other, **asked):
     """A record of two rows, and what is shown of it."""
 
@@ -344,6 +403,9 @@ def test_the_first_table_is_what_is_asked(tmp_path):
         (block.Case, {"documents": 3, "block": 16}),
         (block.Case, {"active": None, "block": 16, "causal": False}),
         (gated.Case, {"dtype": "float8"}),
+        (streaming.Case, {"short": 65, "window_size": 8}),
+        (streaming.Case, {"window_size": 9, "short": 8}),
+        (streaming.Case, {"causal": False, "window_size": 8, "short": 8}),
     ],
 )
 def test_a_case_without_meaning_is_refused(kind, fields):

@@ -26,7 +26,8 @@ pytestmark = [
 ADMITTING = [name for name in get_available_backends() if hasattr(registry.load(name), "admit")]
 KERNELS = [name for name in get_available_backends() if name != REFERENCE]
 STATE = ("key", "value", "scores", "position", "_held", "_seqlen")
-TOKENS, PROMPT, WINDOW = 2000, 100, 128
+PROMPT, GENERATED, WINDOW = 100, 2000, 128
+TOKENS = PROMPT + GENERATED
 
 
 def state(cache: DynamicMaskCache) -> list[Tensor]:
