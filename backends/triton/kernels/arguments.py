@@ -89,8 +89,8 @@ class Place(NamedTuple):
 
 
 class Score(NamedTuple):
-    """S1 and S2 for a raw product x, in base 2: s = outer * x, or outer * tanh(inner * x) with
-    softcap.
+    """S1 and S2 for a raw product x, in base 2 or e: s = outer * x, or outer * tanh(inner * x)
+    with softcap.
     """
 
     outer: Any
@@ -99,6 +99,8 @@ class Score(NamedTuple):
     """Whether s rises with x, so that a maximum may be taken before scaling."""
     fine: Any
     """Whether tanh must be exact to float32, not only to a 16-bit result."""
+    natural: Any
+    """Whether s is in base e."""
 
 
 class Gates(NamedTuple):
@@ -268,8 +270,10 @@ class TileLists(NamedTuple):
 class RowTerms(NamedTuple):
     """What the backward needs of each row, records `[B, Hq, padded]` in the dtype of lse."""
 
-    lse2: Tensor
-    """lse in base 2; +inf for rows that are empty (O2) or do not exist."""
+    shift: Tensor
+    """lse in base 2, or the peak of `forward.peaks`; +inf for rows that are empty (O2) or do not
+    exist.
+    """
     delta: Tensor
     """<do, o> - dlse (G1)."""
     padded: int
@@ -378,14 +382,15 @@ def bounds(problem: AttentionProblem) -> Bounds:
     )
 
 
-def score(problem: AttentionProblem) -> Score:
-    """S1 and S2 of the problem."""
-    fine = tl.constexpr(problem.dtype.itemsize == 4)
+def score(problem: AttentionProblem, *, natural: bool = False) -> Score:
+    """S1 and S2 of the problem, in base e if `natural`."""
+    unit = 1.0 if natural else LOG2E
+    kind = (tl.constexpr(problem.dtype.itemsize == 4), tl.constexpr(natural))
     if problem.softcap > 0:
         inner = number(problem, problem.softmax_scale / problem.softcap)
-        return Score(number(problem, problem.softcap * LOG2E), inner, tl.constexpr(True), fine)
-    outer = number(problem, problem.softmax_scale * LOG2E)
-    return Score(outer, None, tl.constexpr(problem.softmax_scale > 0), fine)
+        return Score(number(problem, problem.softcap * unit), inner, tl.constexpr(True), *kind)
+    outer = number(problem, problem.softmax_scale * unit)
+    return Score(outer, None, tl.constexpr(problem.softmax_scale > 0), *kind)
 
 
 def number(problem: AttentionProblem, value: float) -> Any:

@@ -142,7 +142,8 @@ def bias_gradient_kernel(
             bias_tile = load_bias(bias, place, h, i[:, None], j[None, :], bounds)
             x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=ACC)
             s, _, gated, _ = scores(x, score, gates, alpha, delta, bias_tile)
-            p = tl.exp2(s - tl.load(rows.lse2 + row)[:, None])
+            s = s - tl.load(rows.shift + row)[:, None]
+            p = tl.exp(s) if score.natural else tl.exp2(s)
             keep = visible(
                 place, h, start_q, start_k, bounds, mask, blocks, ranges, BLOCK_M, BLOCK_N, False
             )

@@ -1,6 +1,7 @@
 """Forward: o and lse of O1 and O2, one query tile of one head per program.
 
-The online softmax is that of FlashAttention-2 (Dao 2023, arXiv 2307.08691, algorithm 1) in base 2.
+The online softmax is that of FlashAttention-2 (Dao 2023, arXiv 2307.08691, algorithm 1), in base 2
+mostly.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from flash_sparse_attn.problem import AttentionProblem
 from flash_sparse_attn.tensors import AttentionTensors
 
 from . import arguments, preparation, screening, tuning
-from .arguments import Bounds
+from .arguments import Bounds, Slots, Terms
 from .primitives import (
     LN2,
     hide_if,
@@ -39,6 +40,7 @@ def forward_kernel(
     v,
     o,
     lse,
+    totals,
     seqlen_q,
     seqlen_k,
     left,
@@ -69,7 +71,8 @@ def forward_kernel(
     """Grid query tiles * batch * heads: heads fastest, so that a group shares its keys in cache.
 
     Last tiles first, as they are the longest under V1. `tiles_q` counts those of a batch element
-    or, packed, all of them. DROPS: of `preparation.launches`.
+    or, packed, all of them. With `totals`, `lse` gets peaks (`peaks`). DROPS: of
+    `preparation.launches`.
     """
     h = tl.program_id(0) % heads_q
     nth = tl.program_id(0) // heads_q
@@ -90,7 +93,7 @@ def forward_kernel(
     PACKED: tl.constexpr = sequences is not None
     CUT: tl.constexpr = PACKED and not sequences.gathered
     # Scores that are a rising multiple of the raw products, or of these and the gates, are never
-    # formed: exp2 scales them.
+    # formed: the exponential scales them.
     RAW: tl.constexpr = score.inner is None and bias is None and score.positive
     PLAIN: tl.constexpr = RAW and gates is None
     # Products then start from the gates, worked out while those of the values before still run.
@@ -174,11 +177,17 @@ def forward_kernel(
             shift = new_peak
             if PARTIAL or SPAN or not PLAIN:  # a row that has seen nothing has no finite maximum
                 shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-            p = tl.exp2(x * (score.outer if RAW else 1.0) - shift[:, None])
-            decay = tl.exp2(peak - shift)
+            s = x * (score.outer if RAW else 1.0) - shift[:, None]
+            p = tl.exp(s) if score.natural else tl.exp2(s)
+            decay = tl.exp(peak - shift) if score.natural else tl.exp2(peak - shift)
             total = total * decay + tl.sum(p, 1)
-            acc = acc * decay[:, None]
-            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION, out_dtype=ACC)
+            if acc.dtype == tl.float64:  # sums of tiles err less than one chain of all (N1)
+                acc = tl.fma(acc, decay[:, None], tl.dot(p, v_tile, out_dtype=ACC))
+            else:
+                acc = acc * decay[:, None]
+                acc = tl.dot(
+                    p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION, out_dtype=ACC
+                )
             peak = new_peak
 
     empty = total == 0.0
@@ -186,11 +195,13 @@ def forward_kernel(
     target = place.row + i
     store_rows(o, place.batch, h, target, i < bounds.seqlen_q, acc, DV, BLOCK_DV)
     row = (tl.cast(place.batch, tl.int64) * heads_q + h) * seqlen_q + target
-    tl.store(
-        lse + row,
-        tl.where(empty, float("-inf"), (peak + tl.log2(total)) * LN2),
-        mask=i < bounds.seqlen_q,
-    )
+    row_lse = peak + tl.log(total) if score.natural else (peak + tl.log2(total)) * LN2
+    row_lse = tl.where(empty, float("-inf"), row_lse)
+    if totals is not None:
+        known = total > 0.0  # neither empty nor NaN
+        tl.store(totals + row, tl.where(known, total, 1.0), mask=i < bounds.seqlen_q)
+        row_lse = tl.where(known, peak, row_lse)
+    tl.store(lse + row, row_lse, mask=i < bounds.seqlen_q)
 
 
 def forward(
@@ -199,20 +210,54 @@ def forward(
     """O1, O2 and T1: o `[B, Sq, Hq, Dv]` in the dtype of q, lse `[B, Hq, Sq]`, without batch dims
     when packed, both contiguous; and what was kept, None without a threshold.
     """
-    q = tensors.q
-    o = q.new_empty((*q.shape[:-1], problem.head_dim_v))
-    rows = (problem.heads_q, problem.seqlen_q)
-    lse = q.new_empty((arguments.records(problem), *rows), dtype=arguments.sum_dtype(problem))
+    shape = tensors.q.shape[:-1]
+    lse = _row_values(problem, tensors)
     problem, tensors, terms, slots = preparation.prepare(problem, tensors, "forward")
     kept = None
     if problem.softmax_threshold > 0:
         kept, terms = screening.screen(problem, tensors, terms)
+    o = _attend(problem, tensors, terms, slots, lse, None)
+    clear_rest(terms.sequences, False, o, lse, -torch.inf)
+    return o.view(*shape, problem.head_dim_v), lse.view(*shape[:-2], *lse.shape[1:]), kept
+
+
+def peaks(
+    problem: AttentionProblem, tensors: AttentionTensors, terms: Terms, slots: Slots | None
+) -> tuple[Tensor, Tensor]:
+    """(peak, total) `[B, Hq, Sq]` of what `prepare` returned for a backward: the greatest score of
+    each row, in the base of scores, and the sum of exponentials around it.
+
+    P = exp(s - peak) / total is as exact as the forward's, where exp(s - lse) has the rounding of
+    lse, an error that grows with |lse|. A row that is empty or NaN has its lse for peak, and 1 for
+    total, as have the tokens of no sequence.
+    """
+    peak = _row_values(problem, tensors)
+    total = torch.ones_like(peak)
+    _attend(problem, tensors, terms, slots, peak, total)
+    return peak, total
+
+
+def _row_values(problem: AttentionProblem, tensors: AttentionTensors) -> Tensor:
+    """A number for each row, `[B, Hq, Sq]`, B = 1 when packed."""
+    shape = (arguments.records(problem), problem.heads_q, problem.seqlen_q)
+    return tensors.q.new_empty(shape, dtype=arguments.sum_dtype(problem))
+
+
+def _attend(
+    problem: AttentionProblem,
+    tensors: AttentionTensors,
+    terms: Terms,
+    slots: Slots | None,
+    lse: Tensor,
+    totals: Tensor | None,
+) -> Tensor:
+    """o `[B, Sq, Hq, Dv]`, and `lse` or, with `totals`, both of `peaks`, in place."""
+    o = tensors.q.new_empty((*tensors.q.shape[:-1], problem.head_dim_v))
     tile = tuning.tile("forward", problem, slots is not None)
     width, width_v = (arguments.block_width(d) for d in (problem.head_dim, problem.head_dim_v))
     tiles = arguments.tile_count(problem, problem.seqlen_q, tile.block_m)
     lists = preparation.list_tiles(problem, terms, slots, tile)
     places = placed(terms.sequences, tiles, tile.block_m, False)
-    o_rows = arguments.batched(o)
     sources = (
         arguments.source(tensors.q, tile.block_m, width, tile.tma),
         arguments.source(tensors.k, tile.block_n, width, tile.tma),
@@ -221,8 +266,9 @@ def forward(
     for part, drops in preparation.launches(problem, terms):
         forward_kernel[(tiles * problem.heads_q,)](
             *sources,
-            arguments.operand(o_rows),
+            arguments.operand(o),
             lse,
+            totals,
             *part._replace(sequences=places).flat(),
             lists,
             problem.heads_q,
@@ -237,5 +283,4 @@ def forward(
             DROPS=drops,
             **tile.options(),
         )
-    clear_rest(terms.sequences, False, o_rows, lse, -torch.inf)
-    return o, lse.view(*q.shape[:-3], *rows), kept
+    return o

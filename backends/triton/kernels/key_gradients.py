@@ -177,7 +177,7 @@ def key_gradients_kernel(
                 q_tile = load_tile(
                     q, place.batch, h, first_row, end_row, BLOCK_M, D, BLOCK_D, PARTIAL, False
                 )
-                lse2 = tl.load(rows.lse2 + row_base + i)
+                shift = tl.load(rows.shift + row_base + i)
                 if PARTIAL:
                     keep = visible(
                         place, h, start_q, start_k, bounds, mask, blocks, ranges,
@@ -185,7 +185,7 @@ def key_gradients_kernel(
                     )  # fmt: skip
                 x = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION, out_dtype=ACC)
                 if RAW:
-                    p = tl.exp2(x * score.outer - lse2[None, :])
+                    s = x * score.outer
                 else:
                     alpha = None
                     bias_tile = None
@@ -196,7 +196,8 @@ def key_gradients_kernel(
                     s, slope, gated, gate_slope = scores(x, score, gates, alpha, delta, bias_tile)
                     if PARTIAL and gates is not None:
                         keep = unpruned(keep, gated, gates, place, h, i[None, :])
-                    p = tl.exp2(s - lse2[None, :])
+                s = s - shift[None, :]
+                p = tl.exp(s) if score.natural else tl.exp2(s)
                 if PARTIAL:
                     p = tl.where(keep, p, 0.0)  # N2
                 do_tile = load_tile(

@@ -1,7 +1,8 @@
 """Device functions that every kernel of this backend is built from.
 
 Index space: i counts query rows, j counts keys, both inside one sequence. Exponentials are taken in
-base 2: exp(s - lse) = exp2(s * log2(e) - lse2), one multiply-add before the exponential.
+base 2: exp(s - lse) = exp2(s * log2(e) - lse2), one multiply-add before the exponential. Those of
+float64 calls without gates are in base e (`Score.natural`).
 
 Every visibility rule but a mask that depends on the row gives a key one run of rows, first_j <= i
 <= last_j (V1, V2, V4, V6 and key masks), so that an element of a tile costs two comparisons
@@ -410,7 +411,7 @@ def gated_scores(x, score, gates, alpha, delta):
 
 @triton.jit
 def scores(x, score, gates, alpha, delta, bias):
-    """(s, slope, gated, gate_slope) of S1 to S4 for raw products x, s in base 2.
+    """(s, slope, gated, gate_slope) of S1 to S4 for raw products x, s in the base of `score`.
 
     alpha (in base 2), delta and the bias are in shapes that broadcast to that of x, None where
     absent. The slopes are those of S2 and S3, which G1 needs; `gated` is c g in base 2, which V7
@@ -432,5 +433,5 @@ def scores(x, score, gates, alpha, delta, bias):
     else:
         s = x * score.outer
     if bias is not None:
-        s = s + bias.to(s.dtype) * LOG2E
+        s = s + bias.to(s.dtype) * (1.0 if score.natural else LOG2E)
     return s, slope, gated, gate_slope

@@ -96,7 +96,7 @@ def query_gradients_kernel(
     q_tile = load_tile(q, place.batch, h, first_row, end_row, BLOCK_M, D, BLOCK_D, True, False)
     do_tile = load_tile(do, place.batch, h, first_row, end_row, BLOCK_M, DV, BLOCK_DV, True, False)
     row_base = row_of_record(tl.cast(place.batch, tl.int64) * heads_q + h, rows) + place.row_record
-    lse2 = tl.load(rows.lse2 + row_base + i)
+    shift = tl.load(rows.shift + row_base + i)
     row_delta = tl.load(rows.delta + row_base + i)
     alpha = None
     if gates is not None:
@@ -132,7 +132,7 @@ def query_gradients_kernel(
                 )  # fmt: skip
             x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=ACC)
             if RAW:
-                p = tl.exp2(x * score.outer - lse2[:, None])
+                s = x * score.outer
             else:
                 delta = None
                 bias_tile = None
@@ -143,7 +143,8 @@ def query_gradients_kernel(
                 s, slope, gated, gate_slope = scores(x, score, gates, alpha, delta, bias_tile)
                 if PARTIAL and gates is not None:
                     keep = unpruned(keep, gated, gates, place, h, i[:, None])
-                p = tl.exp2(s - lse2[:, None])
+            s = s - shift[:, None]
+            p = tl.exp(s) if score.natural else tl.exp2(s)
             if PARTIAL:
                 p = tl.where(keep, p, 0.0)  # N2
             # Here, so that one warp group takes exponentials while another multiplies.

@@ -1,4 +1,4 @@
-"""What the backward needs of each row: delta of G1 and lse in base 2."""
+"""What the backward needs of each row: delta of G1 and what its scores are shifted by."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def row_terms_kernel(
     do,
     lse,
     dlse,
-    lse2,
+    shift,
     delta,
     seqlen_q,
     padded,
@@ -33,8 +33,8 @@ def row_terms_kernel(
 ):
     """One block of both records; grid row blocks * batch * heads.
 
-    Rows that are empty (O2) or do not exist get lse2 = +inf, so that their probabilities come out
-    as 0 with no test.
+    Rows that are empty (O2) or do not exist get a shift of +inf, so that their probabilities come
+    out as 0 with no test.
     """
     blocks = padded // BLOCK_M
     head = tl.program_id(0) // blocks
@@ -63,7 +63,9 @@ def row_terms_kernel(
         row_delta -= tl.load(dlse + source, mask=exists, other=0.0)
     empty = row_lse == float("-inf")
     target = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    tl.store(lse2 + target, tl.where(empty, float("inf"), row_lse * LOG2E))
+    # Of float64 it is a peak, which is in the base of scores.
+    row_shift = row_lse if row_lse.dtype == tl.float64 else row_lse * LOG2E
+    tl.store(shift + target, tl.where(empty, float("inf"), row_shift))
     tl.store(delta + target, tl.where(empty, 0.0, row_delta))
 
 
@@ -81,17 +83,19 @@ def row_terms(
     do: Tensor,
     dlse: Tensor | None,
 ) -> RowTerms:
-    """lse2 and delta as records `[B, Hq, padded]`, of o and do `[B, Sq, Hq, Dv]`."""
+    """shift and delta as records `[B, Hq, padded]`, of o and do `[B, Sq, Hq, Dv]`; in float64, lse
+    being the peak of `forward.peaks`, do and dlse divided by its total.
+    """
     padded = arguments.record_length(problem, problem.seqlen_q)
     heads = arguments.records(problem) * problem.heads_q
     shape = (arguments.records(problem), problem.heads_q, padded)
-    lse2, delta = (lse.new_empty(shape) for _ in range(2))
+    shift, delta = (lse.new_empty(shape) for _ in range(2))
     row_terms_kernel[(padded // arguments.RECORD_BLOCK * heads,)](
         arguments.operand(o),
         arguments.operand(do),
         lse.contiguous(),
         None if dlse is None else dlse.contiguous(),
-        lse2,
+        shift,
         delta,
         problem.seqlen_q,
         padded,
@@ -102,4 +106,4 @@ def row_terms(
         BLOCK_M=arguments.RECORD_BLOCK,
         ACC=arguments.accumulator(problem),
     )
-    return RowTerms(lse2, delta, padded)
+    return RowTerms(shift, delta, padded)

@@ -401,7 +401,7 @@ def screen(
         arguments.operand(tensors.q),
         _key_bounds(problem, tensors, terms),
         of_kept(kept),
-        *terms._replace(gates=extrema, sequences=places).flat(),
+        *terms._replace(score=arguments.score(problem), gates=extrema, sequences=places).flat(),
         lists,
         worth,
         problem.softmax_threshold,

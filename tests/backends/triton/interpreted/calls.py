@@ -21,10 +21,10 @@ from .memory import checked_memory
 
 Results = dict[str, Tensor]
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3}
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-5, torch.float16: 3e-3}
 """Largest error, as a share of one more than the largest magnitude of the quantity."""
 LSE_TOLERANCE = 1e-5
-"""lse is float32 whatever the inputs."""
+"""lse is float32 whatever the inputs, float64 aside."""
 PAIR_TERMS = ("mask", "bias", "interval_start", "interval_end")
 
 grad_subsets = [
@@ -135,7 +135,7 @@ def check(
     draw = Draw.seeded(seed)
     do = draw.normal(*tensors.q.shape, dtype=tensors.q.dtype)
     batch, seqlen_q, heads_q, _ = tensors.q.shape
-    dlse = draw.normal(batch, heads_q, seqlen_q) if with_dlse else None
+    dlse = draw.normal(batch, heads_q, seqlen_q, dtype=_wide(tensors)) if with_dlse else None
     grads = tuple(name for name in grads if getattr(tensors, name) is not None)
     got = run(tensors, options, do, dlse, grads)
     want = exact(tensors, options, do, dlse)
@@ -150,15 +150,20 @@ def same_bits(x: Tensor, y: Tensor) -> bool:
     return torch.equal(x.view(kind), y.view(kind))
 
 
+def _wide(tensors: AttentionTensors) -> torch.dtype:
+    """The dtype of lse."""
+    return torch.promote_types(tensors.q.dtype, torch.float32)
+
+
 def _require_contract(
     problem: AttentionProblem, tensors: AttentionTensors, o: Tensor, lse: Tensor, grads: Results
 ) -> None:
     """Shapes, dtypes and layouts that the backend's contract promises."""
     rows = (problem.batch, problem.heads_q, problem.seqlen_q)
-    expected = {"o": (tensors.q.shape, problem.dtype), "lse": (rows, torch.float32)}
+    expected = {"o": (tensors.q.shape, problem.dtype), "lse": (rows, _wide(tensors))}
     expected |= {name: (getattr(tensors, name).shape, problem.dtype) for name in grads}
     if "bias" in grads:
-        expected["bias"] = (tensors.bias.shape, torch.float32)
+        expected["bias"] = (tensors.bias.shape, _wide(tensors))
     for name, x in ({"o": o, "lse": lse} | grads).items():
         assert (x.shape, x.dtype) == expected[name], (name, x.shape, x.dtype)
         assert x.is_contiguous(), name
@@ -174,7 +179,9 @@ def _difference(name: str, x: Tensor, y: Tensor, tensors: AttentionTensors) -> l
         return [f"{name}: inf and nan are not those of the reference"]
     if not finite.any():
         return []
-    tolerance = LSE_TOLERANCE if name == "lse" else TOLERANCE[tensors.q.dtype]
+    tolerance = TOLERANCE[tensors.q.dtype]
+    if name == "lse":
+        tolerance = min(tolerance, LSE_TOLERANCE)
     error = float((x - y)[finite].abs().max())
     allowed = tolerance * (1 + float(y[finite].abs().max()))
     return [] if error <= allowed else [f"{name}: error {error:.2e} > {allowed:.2e}"]

@@ -17,7 +17,7 @@ from flash_sparse_attn.tensors import AttentionTensors
 
 from .calls import Draw, check, grad_subsets, run, same_bits
 
-FLOAT32, FLOAT16 = torch.float32, torch.float16
+FLOAT64, FLOAT32, FLOAT16 = torch.float64, torch.float32, torch.float16
 SQ, SK = 70, 100
 
 
@@ -63,6 +63,44 @@ def test_softcap_with_bias(dtype):
 def test_scores_beyond_the_range_of_exp():
     got = attention(softmax_scale=8.0, causal=True, grads=())
     assert got["lse"].max() > math.log(torch.finfo(FLOAT32).max)
+
+
+# N1: float64
+
+
+@pytest.mark.parametrize("bias", [None, (1, 2, 1, SK), (1, 1, SQ, 1), (1, 2, SQ, SK)], ids=str)
+def test_float64_knows_probabilities_to_their_last_places(bias):
+    """Scores near 1024 are exact here, being 16ths, as is what is added to them; lse then is only
+    good to 1e-13, and what is not P is far from it.
+    """
+    draw = Draw.seeded(15)
+    q, k, v = draw.qkv(dtype=FLOAT64)
+    q, k = ((4 * x).round() / 4 for x in (q, k))
+    q[..., 0], k[..., 0] = 64, 16
+    terms = {}
+    if bias is not None:
+        terms["bias"] = (4 * draw.normal(*bias, dtype=FLOAT64)).round() / 4
+    options = AttentionOptions(softmax_scale=1.0, causal=True)
+    got = check(AttentionTensors(q, k, v, **terms), options, grads=("q", "k", "v", "bias"))
+    assert got["lse"].min() > 950
+
+
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+@pytest.mark.parametrize("scale", [-0.7, 0.3])
+def test_float64_of_every_kind_of_score(scale, softcap):
+    mask = Draw.seeded(16).coin(1, 1, SQ, SK)
+    mask[:, :, 5] = False
+    bias = Draw.seeded(17).normal(1, 2, SQ, SK, dtype=FLOAT64)
+    attention(softmax_scale=scale, softcap=softcap, mask=mask, bias=bias, dtype=FLOAT64)
+
+
+def test_float64_row_that_is_nan():
+    """It has no peak and no sum; the keys that it does not see have nothing of it."""
+    bias = torch.zeros(1, 1, SQ, SQ, dtype=FLOAT64)
+    bias[..., 40, 3] = math.nan
+    got = attention(bias=bias, dtype=FLOAT64, causal=True, seqlen_k=SQ, grads=("v",))
+    assert got["lse"].isnan().sum() == 2
+    assert got["dv"].isnan().any(-1).sum() == 41
 
 
 # Shapes
