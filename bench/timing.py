@@ -76,8 +76,11 @@ def captured(call: Call) -> Call:
 
     def replay() -> object:
         graph.replay()
-        return held  # what the graph writes into at every replay must stay allocated
+        return alive[1]
 
+    # What the graph reads and writes at every replay must stay allocated: what the call holds, an
+    # autograd graph with its saved tensors say, and what it returned.
+    alive = call, held
     return replay
 
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flash_sparse_attn import IntervalMask, flash_sparse_attn_func, get_available_backends
+from flash_sparse_attn import (
+    IntervalMask,
+    flash_sparse_attn_func,
+    get_available_backends,
+    registry,
+)
 from flash_sparse_attn.problem import OPTION_NAMES, AttentionOptions
 from flash_sparse_attn.registry import REFERENCE
 from flash_sparse_attn.tensors import TENSOR_NAMES, AttentionTensors
@@ -138,8 +143,10 @@ def test_strided_inputs_are_not_copied(backend):
     torch.testing.assert_close(out, want, rtol=0, atol=0)
 
 
-def test_unserved_problem_on_a_gpu_warns_and_runs_the_reference():
-    q, k, v, _, _ = make(dtype=torch.float64, grad=False)
-    with pytest.warns(UserWarning, match="reference"):
+def test_a_problem_that_no_kernel_serves_warns_and_runs_the_reference(monkeypatch):
+    for name in KERNELS:
+        monkeypatch.setattr(registry.load(name), "unsupported", lambda problem: ["not this one"])
+    q, k, v, _, _ = make(length=41, grad=False)
+    with pytest.warns(UserWarning, match="not this one"):
         out = flash_sparse_attn_func(q, k, v, softmax_scale=0.127)
-    assert out.dtype == torch.float64
+    assert out.shape == q.shape

@@ -112,7 +112,7 @@ def plan(problem: AttentionProblem, tensors: AttentionTensors) -> Plan:
     if splits < tiles < 2 * splits and programs * tiles <= slots:
         splits = tiles  # one tile each, rather than two for some
     if lists is not None and splits >= tiles:
-        tile = replace(tile, stages=1)  # nothing to pipeline: one tile a program
+        tile = replace(tile, warps=8, stages=1)  # nothing to pipeline: one tile a program
     return replace(whole, tile=tile, splits=splits)
 
 

@@ -94,7 +94,12 @@ def forward_kernel(
     CUT: tl.constexpr = PACKED and not sequences.gathered
     # Scores that are a rising multiple of the raw products, or of these and the gates, are never
     # formed: the exponential scales them.
-    RAW: tl.constexpr = score.inner is None and bias is None and score.positive
+    RAW: tl.constexpr = (
+        score.inner is None
+        and bias is None
+        and score.positive
+        and (gates is None or not score.natural)  # whose order of sums is the reference's (N1)
+    )
     PLAIN: tl.constexpr = RAW and gates is None
     # Products then start from the gates, worked out while those of the values before still run.
     FROM_GATES: tl.constexpr = RAW and not PLAIN

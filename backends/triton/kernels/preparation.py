@@ -104,8 +104,8 @@ def prepare(
     elif problem.block_map is not None:
         shown = blocks.from_map(problem, tensors.block_map)
     ranges, live = key_ranges(problem, tensors, sequences, block) if listed else (None, None)
-    # In float64 a change of base is as great an error as any other (N1); gates are in base 2.
-    natural = problem.dtype.itemsize == 8 and "gate" not in problem.terms()
+    # In float64 a change of base is as great an error as any other (N1).
+    natural = problem.dtype.itemsize == 8
     terms = Terms(
         arguments.bounds(problem),
         arguments.score(problem, natural=natural),

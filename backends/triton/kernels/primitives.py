@@ -2,7 +2,7 @@
 
 Index space: i counts query rows, j counts keys, both inside one sequence. Exponentials are taken in
 base 2: exp(s - lse) = exp2(s * log2(e) - lse2), one multiply-add before the exponential. Those of
-float64 calls without gates are in base e (`Score.natural`).
+float64 calls are in base e (`Score.natural`), but for decoding.
 
 Every visibility rule but a mask that depends on the row gives a key one run of rows, first_j <= i
 <= last_j (V1, V2, V4, V6 and key masks), so that an element of a tile costs two comparisons
@@ -401,6 +401,8 @@ def gated_scores(x, score, gates, alpha, delta):
     if gates.logsigmoid:
         s = ln_sigmoid(z, x, gates.fine, gates.coarse)
         gated = ln_sigmoid(z, 0.0, gates.fine, gates.coarse) * score.outer
+        if score.natural:
+            gated = gated * LOG2E
         slope = sigmoid_slope(z, gates.fine)
     else:
         s = z * LN2 + x
@@ -426,7 +428,7 @@ def scores(x, score, gates, alpha, delta, bias):
         slope = 1.0 - u * u
         if gates is not None:
             gated, gate_slope = gate(gates, alpha * delta, gates.coarse)
-            s = s + gated
+            s = s + (gated * LN2 if score.natural else gated)
     elif gates is not None:
         s, gated, gate_slope = gated_scores(x, score, gates, alpha, delta)
         s = s * score.outer

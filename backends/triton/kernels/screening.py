@@ -53,9 +53,9 @@ HALF: tl.constexpr = tl.constexpr(0.5001)
 """Of a step, what rounding to integers takes from an element, and float32 beside it."""
 NARROWEST = 32
 """Columns of the least product of 8-bit integers."""
-SOURCES = 2
-"""Of full tiles and of partial ones, from how many a row's sum is bounded: the first, where sinks
-are, and the last, which are near."""
+SOURCES = {True: 2, False: 4}
+"""Of full tiles and of partial ones, from how many a row's sum is bounded, where a sample is looked
+at and where all are: the first, where sinks are, and the last, which are near."""
 EACH = 16
 """Query tiles for which one decides."""
 SAMPLE = 4
@@ -226,8 +226,7 @@ def screen_kernel(
     for PARTIAL in tl.static_range(1, -1, -1):
         n = n_partial if PARTIAL else n_full
         for source in range(tl.minimum(n, SOURCES)):
-            t = tl.where(source * 2 < SOURCES, source, n - 1 - (SOURCES - 1 - source))
-            t = tl.where(n < SOURCES, source, t)
+            t = tl.where((source == 0) | (n < SOURCES), source, n - SOURCES + source)
             tile_k = nth_tile(tiles, lists, t, PARTIAL)
             start_k = tile_k * BLOCK_N
             j = start_k + tl.arange(0, BLOCK_N)
@@ -417,7 +416,7 @@ def screen(
             BLOCK_D=_width(problem),
             SUB=terms.block,
             RISES=problem.softmax_scale >= 0,
-            SOURCES=SOURCES,
+            SOURCES=SOURCES[sampling],
             SAMPLE=SAMPLE,
             WORTH=WORTH,
             EACH=EACH,
