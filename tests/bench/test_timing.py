@@ -1,6 +1,10 @@
-"""Medians, quartiles, budgets, and a failing call that stops nobody else."""
+"""Medians, quartiles, budgets, a failing call that stops nobody else, and what replays keep."""
 
+import gc
 import time
+import weakref
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,3 +57,27 @@ def test_a_call_above_its_budget_is_warmed_up_once():
     )
     assert timings["slow"].repetitions == timing.FEWEST
     assert len(calls) == timing.FEWEST + 1
+
+
+def test_a_replay_keeps_what_its_call_holds(monkeypatch):
+    """A captured backward reads the tensors that its forward saved, which the call alone holds."""
+
+    class Saved:
+        """Stands for them."""
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing, "side_stream", nullcontext)
+    monkeypatch.setattr(timing, "_side", lambda: None)
+
+    def captured() -> tuple[timing.Call, weakref.ref]:
+        saved = Saved()
+        return timing.captured(lambda: str(saved)), weakref.ref(saved)
+
+    replay, saved = captured()
+    gc.collect()
+    assert saved() is not None
+    del replay
+    gc.collect()
+    assert saved() is None
