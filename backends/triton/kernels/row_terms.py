@@ -62,11 +62,13 @@ def row_terms_kernel(
     if dlse is not None:
         row_delta -= tl.load(dlse + source, mask=exists, other=0.0)
     empty = row_lse == float("-inf")
+    # A row that is NaN is so by its probabilities, and that where they are visible alone (N2).
+    known = ~empty & (row_lse == row_lse)
     target = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     # Of float64 it is a peak, which is in the base of scores.
     row_shift = row_lse if row_lse.dtype == tl.float64 else row_lse * LOG2E
     tl.store(shift + target, tl.where(empty, float("inf"), row_shift))
-    tl.store(delta + target, tl.where(empty, 0.0, row_delta))
+    tl.store(delta + target, tl.where(known, row_delta, 0.0))
 
 
 @triton.jit

@@ -235,6 +235,19 @@ def test_bias_at_masked_positions_contributes_nothing(value, rows):
     attention(mask=mask, bias=bias.masked_fill(~mask, value), causal=True, **sizes)
 
 
+def test_row_that_is_nan():
+    """Gradients of what it does not see have nothing of it (N2)."""
+    bias = torch.zeros(1, 1, SQ, SQ)
+    bias[..., 40, 3] = math.nan
+    got = attention(
+        bias=bias, causal=True, seqlen_k=SQ, dtype=FLOAT32, grads=("q", "k", "v", "bias")
+    )
+    seen = 41  # keys of row 40
+    assert got["dq"].isnan().any(-1).sum() == 2
+    assert got["dk"].isnan().any(-1).nonzero()[:, 1].unique().tolist() == list(range(seen))
+    assert got["dbias"].isnan().nonzero()[:, 2:].tolist() == [[40, j] for j in range(seen)]
+
+
 def test_visible_bias_of_minus_infinity():
     bias = Draw.seeded(7).normal(1, 2, SQ, SK)
     bias[Draw.seeded(8).coin(1, 2, SQ, SK, share=0.2)] = -math.inf
