@@ -290,9 +290,8 @@ def list_tiles(
     if terms.sequences is not None:
         longest_q, longest_k = problem.max_seqlen_q, problem.max_seqlen_k
     own = arguments.rows_of_tiles(problem, terms.bounds.seqlen_q, tile.block_m)
-    other = max(
-        1, ceil_div(longest_k, tile.block_n)
-    )  # loops ask for a first tile, whatever follows
+    # Never 0: loops ask for a first tile, whatever follows.
+    other = max(1, ceil_div(longest_k, tile.block_n))
     if transposed:
         own = arguments.rows_of_tiles(problem, terms.bounds.seqlen_k, tile.block_n)
         other = max(1, ceil_div(longest_q, tile.block_m))

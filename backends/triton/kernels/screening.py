@@ -61,6 +61,7 @@ EACH = 16
 SAMPLE = 4
 """Key tiles that decide, where there are `SAMPLE` * 4 or more; else all are looked at."""
 WORTH = 8
+"""Of so many blocks of a sample, one at least must be droppable."""
 
 
 class KeyBounds(NamedTuple):
