@@ -265,6 +265,8 @@ class TileLists(NamedTuple):
     head: int
     heads_per_head: int
     spans: Any
+    scattered: Any
+    """Whether neighbouring query tiles ask for other keys: `spans.scheduled`."""
 
 
 class RowTerms(NamedTuple):

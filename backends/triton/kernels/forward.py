@@ -30,7 +30,7 @@ from .primitives import (
     visible,
 )
 from .sequences import clear_rest, place_tile, placed
-from .spans import following_tile, heads_that_drop, key_tiles, nth_of_span, nth_tile
+from .spans import following_tile, heads_that_drop, key_tiles, nth_of_span, nth_tile, scheduled
 
 
 @triton.jit(do_not_specialize=[*Bounds._fields, "heads_q", "group", "tiles_q"])
@@ -68,15 +68,12 @@ def forward_kernel(
     ACC: tl.constexpr,
     DROPS: tl.constexpr,
 ):
-    """Grid query tiles * batch * heads: heads fastest, so that a group shares its keys in cache.
+    """Grid query tiles * batch * heads.
 
-    Last tiles first, as they are the longest under V1. `tiles_q` counts those of a batch element
-    or, packed, all of them. With `totals`, `lse` gets peaks (`peaks`). DROPS: of
-    `preparation.launches`.
+    `tiles_q` counts the tiles of a batch element or, packed, all of them. With `totals`, `lse` gets
+    peaks (`peaks`). DROPS: of `preparation.launches`.
     """
-    h = tl.program_id(0) % heads_q
-    nth = tl.program_id(0) // heads_q
-    nth = nth // tiles_q * tiles_q + (tiles_q - 1 - nth % tiles_q)
+    h, nth = scheduled(lists, heads_q, group, tiles_q, True)
     place, n_q, n_k, tile_q, exists = place_tile(
         seqlen_q, seqlen_k, sequences, nth, tiles_q, BLOCK_M, False
     )

@@ -32,6 +32,7 @@ from .spans import (
     listed_tiles,
     nth_tile,
     query_tile_span,
+    scheduled,
     slot_tile_span,
 )
 
@@ -78,15 +79,13 @@ def key_gradients_kernel(
     DROPS: tl.constexpr,
 ):
     """dk, dv, the column sums of ds, [B, Hq, Sk], and ddelta, [B, Hkv, Sk], each None if not
-    wanted; grid parts * batch * kv heads, heads fastest. A part is a key tile or, of slots, a share
-    of one's rows; its sums, those of ds as [B, Hkv, parts * BLOCK_N, G], are what `slot_sums` adds
-    up.
+    wanted; grid parts * batch * kv heads. A part is a key tile or, of slots, a share of one's rows;
+    its sums, those of ds as [B, Hkv, parts * BLOCK_N, G], are what `slot_sums` adds up.
 
     Scores are computed transposed, [keys, rows], so that P^T and ds^T enter the products dv = P^T
     do and dk = ds^T q from registers. DROPS: of `preparation.launches`.
     """
-    n = tl.program_id(0) % heads_kv
-    part = tl.program_id(0) // heads_kv
+    n, part = scheduled(lists, heads_kv, 1, n_parts, False)
     if slots is None:
         place, n_q, n_k, tile_k, exists = place_tile(
             seqlen_q, seqlen_k, sequences, part, n_parts, BLOCK_N, True

@@ -313,7 +313,8 @@ def list_tiles(
             TILES=power_of_2(slots.capacity // tile.block_n),
             **shape,
         )
-        return TileLists(index, index, 4, *strides, heads_per_list, tl.constexpr(True))
+        kind = (tl.constexpr(True), tl.constexpr(False))
+        return TileLists(index, index, 4, *strides, heads_per_list, *kind)
     n = batch * heads * own
     made = terms.ranges.first.new_empty(n * (other + 3))
     index, counts = made[: n * other], made[n * other :]
@@ -334,7 +335,10 @@ def list_tiles(
         CHUNK=LIST_CHUNK,
         **shape,
     )
-    return TileLists(index, counts, other, *strides, heads_per_list, tl.constexpr(False))
+    # Bits of a mask (V3) are read anew for every head, and better together.
+    scattered = problem.block_map is not None and terms.mask is None
+    kind = (tl.constexpr(False), tl.constexpr(scattered))
+    return TileLists(index, counts, other, *strides, heads_per_list, *kind)
 
 
 def launches(problem: AttentionProblem, terms: Terms) -> list[tuple[Terms, bool | None]]:

@@ -23,7 +23,7 @@ from .primitives import (
 )
 from .row_terms import row_of_record
 from .sequences import clear_rest, place_tile, placed
-from .spans import following_tile, heads_that_drop, key_tiles, nth_tile
+from .spans import following_tile, heads_that_drop, key_tiles, nth_tile, scheduled
 
 
 @triton.jit(do_not_specialize=[*Bounds._fields, "heads_q", "group", "tiles_q"])
@@ -66,9 +66,7 @@ def query_gradients_kernel(
     """dq and dalpha, [B, Hq, Sq], each None if not wanted; grid query tiles * batch * heads, in the
     order of the forward. DROPS: of `preparation.launches`.
     """
-    h = tl.program_id(0) % heads_q
-    nth = tl.program_id(0) // heads_q
-    nth = nth // tiles_q * tiles_q + (tiles_q - 1 - nth % tiles_q)
+    h, nth = scheduled(lists, heads_q, group, tiles_q, True)
     place, n_q, n_k, tile_q, exists = place_tile(
         seqlen_q, seqlen_k, sequences, nth, tiles_q, BLOCK_M, False
     )

@@ -121,6 +121,29 @@ def slot_tile_span(
 
 
 @triton.jit
+def scheduled(lists, heads, group, tiles, LAST_FIRST: tl.constexpr):
+    """(h, nth): the head and the tile row, of all, of this program, of a grid tile rows * heads;
+    `tiles` counts those of a batch element.
+
+    Heads vary fastest, so that a group shares its keys in cache, and all heads what they read
+    beside keys. Where neighbouring rows ask for other keys, one group after the other does all its
+    rows, as the keys of few heads stay in cache and those of all do not. LAST_FIRST, the last tiles
+    of a batch element come first, as they are the longest under V1.
+    """
+    GROUPS_LAST: tl.constexpr = lists is not None and lists.scattered
+    if GROUPS_LAST:
+        rows = tl.num_programs(0) // heads
+        h = tl.program_id(0) // (rows * group) * group + tl.program_id(0) % group
+        nth = tl.program_id(0) // group % rows
+    else:
+        h = tl.program_id(0) % heads
+        nth = tl.program_id(0) // heads
+    if LAST_FIRST:
+        nth = nth // tiles * tiles + (tiles - 1 - nth % tiles)
+    return h, nth
+
+
+@triton.jit
 def key_tiles(bounds, lists, place, h, tile_q, own, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(tiles, full, partial): the key tiles that a query tile visits, for `nth_tile`, and how
     many there are of each class. `own` is the tile's number among the rows of `lists`.
