@@ -78,12 +78,13 @@ def forward(
     problem: AttentionProblem, tensors: AttentionTensors
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`(o, lse, kept)` by O1, O2 and T1."""
-    from .kernels import decode
-    from .kernels import forward as kernels
-
     with _on_device_of(tensors.q):
         if problem.form == Form.CACHE:
-            return decode.decode(problem, tensors)
+            from .kernels.decode import decode
+
+            return decode(problem, tensors)
+        from .kernels import forward as kernels
+
         return kernels.forward(problem, tensors)
 
 
@@ -160,4 +161,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def _on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    index = tensor.get_device()  # -1 on the CPU
+    if index < 0 or index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(index)

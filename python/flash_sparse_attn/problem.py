@@ -101,7 +101,8 @@ class AttentionProblem(AttentionOptions):
         bias_dtype: dtype of the bias.
         intervals: sizes of the batch and head dims of the intervals.
         block_map: sizes of the block map.
-        paged, indexed: whether a page table, key indices are given.
+        page_size: keys of a page, None without a page table.
+        entries: of a list of key indices, None without lists.
         grads: which inputs need a gradient, a subset of `DIFFERENTIABLE` in its order.
     """
 
@@ -120,8 +121,8 @@ class AttentionProblem(AttentionOptions):
     bias_dtype: torch.dtype | None = None
     intervals: tuple[int, int] | None = None
     block_map: tuple[int, ...] | None = None
-    paged: bool = False
-    indexed: bool = False
+    page_size: int | None = None
+    entries: int | None = None
     grads: tuple[str, ...] = ()
 
     @property
@@ -169,8 +170,8 @@ class AttentionProblem(AttentionOptions):
             "block_map": self.block_map is not None,
             "gate_threshold": self.gate_threshold > 0,
             "softmax_threshold": self.softmax_threshold > 0,
-            "pages": self.paged,
-            "indices": self.indexed,
+            "pages": self.page_size is not None,
+            "indices": self.entries is not None,
         }
         return frozenset(name for name, given in present.items() if given)
 

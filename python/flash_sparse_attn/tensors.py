@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -53,6 +55,23 @@ class AttentionTensors:
             tensor = getattr(self, name)
             if tensor is not None:
                 yield name, tensor
+
+
+class Layout(NamedTuple):
+    """All that a call is checked by of a tensor, and hashable where no size is symbolic."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Layout:
+        """That of a tensor."""
+        return cls(tensor.shape, tensor.dtype, tensor.device)
+
+    def dim(self) -> int:
+        """Number of dims, as a tensor tells it."""
+        return len(self.shape)
 
 
 TENSOR_NAMES = tuple(field.name for field in fields(AttentionTensors))

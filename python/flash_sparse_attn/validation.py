@@ -96,8 +96,10 @@ def require_kinds(options: AttentionOptions) -> None:
     """
     for name, (kinds, words) in _KINDS.items():
         value = getattr(options, name)
+        if type(value) in kinds:  # nearly always
+            continue
         # A bool is an int to isinstance, but True is no length and no scale.
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        if not isinstance(value, kinds) or isinstance(value, bool):
             public = "is_causal" if name == "causal" else name
             raise TypeError(message("E1", public, repr(value), words))
 
@@ -129,7 +131,7 @@ def describe(
     """Check a call against E1 to E8 and return its problem.
 
     Args:
-        tensors: the tensor arguments.
+        tensors: the tensor arguments, or their layouts.
         options: the scalar arguments.
         grads: names of the inputs whose gradient is needed.
 
@@ -283,8 +285,8 @@ def _sizes(tensors: AttentionTensors, options: AttentionOptions) -> AttentionPro
         bias_dtype=None if bias is None else bias.dtype,
         intervals=None if intervals is None else (intervals.shape[0], intervals.shape[1]),
         block_map=None if tensors.block_map is None else tuple(tensors.block_map.shape),
-        paged=tensors.page_table is not None,
-        indexed=tensors.key_indices is not None,
+        page_size=None if tensors.page_table is None else k.shape[1],
+        entries=None if tensors.key_indices is None else tensors.key_indices.shape[2],
     )
 
 

@@ -12,8 +12,10 @@ from flash_sparse_attn import (
     flash_sparse_attn_func,
     flash_sparse_attn_varlen_func,
 )
-from flash_sparse_attn.problem import OPTION_NAMES, AttentionOptions
+from flash_sparse_attn.ops import _read
+from flash_sparse_attn.problem import OPTION_NAMES, AttentionOptions, Form
 from flash_sparse_attn.tensors import TENSOR_NAMES, AttentionTensors
+from flash_sparse_attn.validation import describe
 
 
 def make(sq=12, sk=16, hq=4, hkv=2, d=8, dtype=torch.float32, grad=True):
@@ -124,6 +126,16 @@ def test_gradient_through_lse_alone():
     assert v.grad.abs().sum() == 0
 
 
+def test_a_second_derivative_is_refused():
+    """Rather than taken to be zero."""
+    q, k, v = make()
+    (dq,) = torch.autograd.grad(
+        flash_sparse_attn_func(q, k, v).square().sum(), q, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dq.sum().backward()
+
+
 def test_query_may_be_key_and_value():
     q = torch.randn(1, 9, 2, 8, dtype=torch.float64, requires_grad=True)
     flash_sparse_attn_func(q, q, q, is_causal=True).square().sum().backward()
@@ -199,3 +211,60 @@ def test_flops_are_counted_on_causal_pairs():
     pairs = 16 * 17 // 2
     forward = 2 * 2 * 2 * 4 * pairs * 8  # two products, two FLOPs, B 2, Hq 4, D 8
     assert counter.get_total_flops() == forward + forward * 5 // 2
+
+
+def variants():
+    """(tensors, options, grads) of calls each of which differs from the first in one thing."""
+    q, k, v = make(4, 16, grad=False)
+    plain = AttentionOptions(softmax_scale=1.0)
+    cached = AttentionOptions(form=Form.CACHE, softmax_scale=1.0)
+    table, lengths, lists = (
+        torch.zeros(shape, dtype=torch.int32) for shape in ((2, 1), (2,), (2, 2, 3))
+    )
+    half, far = ([x.to(to) for x in (q, k, v)] for to in (torch.float16, "meta"))
+    yield AttentionTensors(q, k, v), plain, ()
+    yield AttentionTensors(q, k, v), plain, ("q",)
+    yield AttentionTensors(q, k, v), AttentionOptions(softmax_scale=2.0), ()
+    yield AttentionTensors(q, k, v), AttentionOptions(softmax_scale=1.0, causal=True), ()
+    yield AttentionTensors(q, k, v), AttentionOptions(softmax_scale=1.0, window_left=0), ()
+    yield AttentionTensors(*half), plain, ()
+    yield AttentionTensors(*far), plain, ()
+    yield AttentionTensors(q[:, :3], k, v), plain, ()
+    yield AttentionTensors(q, k, v[..., :5]), plain, ()
+    yield AttentionTensors(q, k, v, bias=torch.zeros(1, 1, 1, 16)), plain, ()
+    yield AttentionTensors(q, k, v, mask=torch.ones(1, 1, 1, 16, dtype=torch.bool)), plain, ()
+    yield AttentionTensors(q, k, v), cached, ()
+    yield AttentionTensors(q, k, v, key_indices=lists), cached, ()
+    yield AttentionTensors(q, k, v, key_indices=lists[..., :2]), cached, ()
+    for page in (16, 8):
+        pages = {"cache_seqlens": lengths, "page_table": table}
+        yield AttentionTensors(q, k[:, :page], v[:, :page], **pages), cached, ()
+
+
+def test_what_is_kept_of_a_call_serves_none_that_differs():
+    """The operators describe calls that are alike once: before, between and after others, and of
+    any strides, each is what it is.
+    """
+    calls = list(variants())
+    found = set()
+    for _ in range(2):
+        for tensors, options, grads in calls:
+            problem = _read(flat(tensors, options, ",".join(grads)))[1]
+            assert problem == describe(tensors, options, grads)
+            found.add(problem)
+    assert len(found) == len(calls)
+
+
+def test_a_call_that_breaks_a_rule_raises_every_time():
+    """After one that does not, too: 1, 1.0 and True are equal, but only one of them is a bool."""
+    q, k, v = make()
+    flash_sparse_attn_func(q, k, v, is_causal=True, softmax_scale=1.0)
+    for _ in range(2):
+        with pytest.raises(TypeError, match="is_causal"):
+            flash_sparse_attn_func(q, k, v, is_causal=1, softmax_scale=1.0)
+        with pytest.raises(TypeError, match="softmax_scale"):
+            flash_sparse_attn_func(q, k, v, is_causal=True, softmax_scale=True)
+        with pytest.raises(ValueError, match="head dim of k"):
+            flash_sparse_attn_func(q, k[..., :4], v, is_causal=True, softmax_scale=1.0)
+        with pytest.raises(TypeError, match="dtype of k"):
+            flash_sparse_attn_func(q, k.half(), v, is_causal=True, softmax_scale=1.0)

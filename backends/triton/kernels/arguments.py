@@ -7,6 +7,7 @@ compiled: kernels branch on those without cost.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -24,6 +25,9 @@ from .tuning import Tile
 LOG2E = math.log2(math.e)
 LARGEST_TILE = 256
 """No tile has more rows or columns."""
+_TRUE, _FALSE = tl.constexpr(True), tl.constexpr(False)
+COPY_ENGINE_ALIGNMENT = 16
+"""Bytes on whose multiples the copy engine wants data and all strides but that of D."""
 RECORD_BLOCK = 128
 """Records of rows or keys are padded to a multiple of this, which every tile divides."""
 
@@ -303,6 +307,13 @@ class Terms(NamedTuple):
         return (*self.bounds, *self[1:-1])
 
 
+def flag(value: bool) -> tl.constexpr:
+    """A bool known when a kernel is compiled; the same object every time, as a launch that compares
+    it with what was compiled finds it equal at once.
+    """
+    return _TRUE if value else _FALSE
+
+
 def broadcast_strides(tensor: Tensor) -> list[int]:
     """Strides with 0 for dims of size 1."""
     return [
@@ -318,18 +329,20 @@ def padded(length: int) -> int:
 
 def operand(tensor: Tensor) -> Operand:
     """Describe a `[B, S, H, D]` tensor of any strides."""
-    wide = max(abs(stride) for stride in tensor.stride()) * LARGEST_TILE >= 2**31
-    batch, row, head, column = tensor.stride()
-    return Operand(tensor, batch, row, head, column, tl.constexpr(wide))
+    strides = tensor.stride()
+    wide = max(strides) * LARGEST_TILE >= 2**31
+    return Operand(tensor, *strides, flag(wide))
 
 
 def source(tensor: Tensor, rows: int, width: int, tma: bool) -> Operand | TensorDescriptor:
     """A `[B, S, H, D]` tensor that is read in tiles of `[rows, width]`: a descriptor for the copy
     engine if `tma` and the layout allow it.
     """
-    return (
-        _descriptor(tensor, rows, width) if tma and _copy_engine_reads(tensor) else operand(tensor)
-    )
+    if tma and tensor.data_ptr() % COPY_ENGINE_ALIGNMENT == 0:
+        steps = _copy_engine_steps(tensor.shape, tensor.stride(), tensor.element_size())
+        if steps is not None:
+            return TensorDescriptor(tensor, *steps, [1, 1, rows, width])
+    return operand(tensor)
 
 
 def sources(
@@ -344,29 +357,25 @@ def sources(
     )
 
 
-def _copy_engine_reads(tensor: Tensor) -> bool:
-    """Contiguous in D, everything else on 16-byte boundaries, nothing empty or expanded."""
-    outer = [
-        (size, stride * tensor.element_size())
-        for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
-    ]
-    return (
-        tensor.numel() > 0
-        and tensor.stride(3) == 1
-        and tensor.data_ptr() % 16 == 0
-        and all(size == 1 or (0 < stride < 2**40 and stride % 16 == 0) for size, stride in outer)
-    )
+@functools.lru_cache(maxsize=1024)
+def _copy_engine_steps(
+    shape: torch.Size, strides: tuple[int, ...], itemsize: int
+) -> tuple[list[int], list[int]] | None:
+    """Sizes and strides of a `[B, S, H, D]` tensor as `[B, H, S, D]`, None where the copy engine
+    does not read it: contiguous in D, everything else on its boundaries, nothing empty or expanded.
 
-
-def _descriptor(tensor: Tensor, rows: int, width: int) -> TensorDescriptor:
-    """Over `[B, H, S, D]`. The stride of a dim of size 1 is never used but must be valid."""
-    tensor = tensor.transpose(1, 2)
-    aligned = 16 // tensor.element_size()
+    The stride of a dim of size 1 is never used but must be valid.
+    """
+    if 0 in shape or strides[3] != 1:
+        return None
+    valid = COPY_ENGINE_ALIGNMENT // itemsize
     outer = [
-        aligned if size == 1 else stride
-        for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
+        valid if size == 1 else step for size, step in zip(shape[:3], strides[:3], strict=True)
     ]
-    return TensorDescriptor(tensor, list(tensor.shape), [*outer, 1], [1, 1, rows, width])
+    if not all(0 < step * itemsize < 2**40 and step % valid == 0 for step in outer):
+        return None
+    batch, row, head = outer
+    return [shape[0], shape[2], shape[1], shape[3]], [batch, head, row, 1]
 
 
 def bounds(problem: AttentionProblem) -> Bounds:
@@ -387,12 +396,12 @@ def bounds(problem: AttentionProblem) -> Bounds:
 def score(problem: AttentionProblem, *, natural: bool = False) -> Score:
     """S1 and S2 of the problem, in base e if `natural`."""
     unit = 1.0 if natural else LOG2E
-    kind = (tl.constexpr(problem.dtype.itemsize == 4), tl.constexpr(natural))
+    kind = (flag(problem.dtype.itemsize == 4), flag(natural))
     if problem.softcap > 0:
         inner = number(problem, problem.softmax_scale / problem.softcap)
-        return Score(number(problem, problem.softcap * unit), inner, tl.constexpr(True), *kind)
+        return Score(number(problem, problem.softcap * unit), inner, flag(True), *kind)
     outer = number(problem, problem.softmax_scale * unit)
-    return Score(outer, None, tl.constexpr(problem.softmax_scale > 0), *kind)
+    return Score(outer, None, flag(problem.softmax_scale > 0), *kind)
 
 
 def number(problem: AttentionProblem, value: float) -> Any:

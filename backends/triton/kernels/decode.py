@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from flash_sparse_attn.problem import KEPT_BLOCK, AttentionProblem
 from flash_sparse_attn.tensors import AttentionTensors
 
 from . import arguments, decode_arguments, tuning
-from .decode_arguments import Sizes
+from .arguments import Bounds, Score
+from .decode_arguments import Gating, Sizes
 from .decode_kernels import attend_kernel, highest_gates_kernel, merge_kernel
 from .decode_lists import ascending
 from .decode_threshold import WORD_KEYS, kept_kernel, scores_kernel
@@ -88,41 +90,40 @@ class Plan:
         return problem.batch * sizes.heads_kv * sizes.tiles_i * sizes.tiles_g * sizes.splits
 
 
-def plan(problem: AttentionProblem, tensors: AttentionTensors) -> Plan:
-    """The cut of a call, from metadata alone."""
-    lists = tensors.key_indices
+@functools.lru_cache(maxsize=1024)
+def plan(problem: AttentionProblem, multiprocessors: int) -> Plan:
+    """The cut of calls of a problem, on so many multiprocessors (0 in the interpreter)."""
+    page, entries = problem.page_size, problem.entries
     tile = tuning.decode_tile(problem, scattered=False)
-    if tensors.page_table is not None:
-        page = tensors.k.shape[1]
+    if page is not None:
         piece = page & -page  # the greatest power of two in it
         if piece >= FEWEST_KEYS:
             tile = replace(tile, block_n=min(tile.block_n, piece))
-    if scattered(tensors, tile.block_n):
+    if scattered(problem, tile.block_n):
         tile = tuning.decode_tile(problem, scattered=True)
-    tested = lists is not None and lists.shape[2] <= REPEATS_TESTED
-    tested = tested and lists.numel() <= ENTRIES_TESTED
+    tested = entries is not None and entries <= REPEATS_TESTED
+    tested = tested and problem.batch * problem.heads_kv * entries <= ENTRIES_TESTED
     whole = Plan(tile, 1, tested)
-    keys = problem.seqlen_k if lists is None else lists.shape[2]
-    slots = tuning.decode_slots(problem, tile, tensors.q.device)
+    keys = problem.seqlen_k if entries is None else entries
+    slots = tuning.decode_slots(problem, tile, multiprocessors)
     programs = whole.programs(problem)
-    while lists is not None and tile.block_n > 16 and programs * keys < slots * tile.block_n:
+    while entries is not None and tile.block_n > 16 and programs * keys < slots * tile.block_n:
         tile = replace(tile, block_n=tile.block_n // 2)  # a short list, on more programs
     tiles = ceil_div(keys, tile.block_n)
     splits = _splits(programs, slots, tiles if programs < slots else tiles // WORTHWHILE_TILES)
     if splits < tiles < 2 * splits and programs * tiles <= slots:
         splits = tiles  # one tile each, rather than two for some
-    if lists is not None and splits >= tiles:
+    if entries is not None and splits >= tiles:
         tile = replace(tile, warps=8, stages=1)  # nothing to pipeline: one tile a program
     return replace(whole, tile=tile, splits=splits)
 
 
-def scattered(tensors: AttentionTensors, keys: int) -> bool:
+def scattered(problem: AttentionProblem, keys: int) -> bool:
     """Whether tiles of `keys` keys are not one piece of the cache."""
-    paged = tensors.page_table is not None
-    return tensors.key_indices is not None or (paged and tensors.k.shape[1] % keys != 0)
+    page = problem.page_size
+    return problem.entries is not None or (page is not None and page % keys != 0)
 
 
-@functools.lru_cache(maxsize=1024)
 def _splits(programs: int, slots: int, most: int) -> int:
     """The fewest splits that use the slots about as evenly as the best number of them does.
 
@@ -146,7 +147,7 @@ def decode(
     Args:
         problem: in the cache form.
         tensors: of the call.
-        cut: how to cut it into programs; default `plan(problem, tensors)`.
+        cut: how to cut it into programs; default: as `plan` says.
 
     Returns:
         o `[B, Sq, Hq, Dv]` in the dtype of q, lse `[B, Hq, Sq]` in float32 (float64 for float64),
@@ -168,7 +169,7 @@ def decode(
     if lse.numel() == 0:
         return o, lse, kept
 
-    cut = cut or plan(problem, tensors)
+    cut = cut or plan(problem, tuning.multiprocessors(problem, q.device))
     parts, part_lse = o, lse
     if cut.splits > 1:
         parts = q.new_empty((*o.shape[:3], cut.splits, problem.head_dim_v), dtype=wide)
@@ -184,6 +185,78 @@ def decode(
     return o, lse, kept
 
 
+class _Fixed(NamedTuple):
+    """What the launches of a call are given that follows from its problem and plan alone, worked
+    out once for calls that are alike.
+
+    Attributes:
+        grid: of the kernels that work on splits.
+        bounds, sizes, score, gating, precision: as kernels take them.
+        tile, of_keys, of_values: keywords of the kernels that work on splits; of those of them that
+            read keys, and values.
+        merge_grid, merge: of the merge, likewise.
+        overlaps: keywords of the first launch of a call, and of those that follow.
+    """
+
+    grid: tuple[int]
+    bounds: Bounds
+    sizes: Sizes
+    score: Score
+    gating: Gating | None
+    precision: str
+    tile: dict[str, Any]
+    of_keys: dict[str, Any]
+    of_values: dict[str, Any]
+    merge_grid: tuple[int]
+    merge: dict[str, Any]
+    overlaps: tuple[dict[str, bool], dict[str, bool]]
+
+
+@functools.lru_cache(maxsize=1024)
+def _fixed(problem: AttentionProblem, cut: Plan) -> _Fixed:
+    rows, heads = cut.rows(problem)
+    most = power_of_2(cut.splits)
+    columns = max(MERGED_ELEMENTS // most, FEWEST_COLUMNS)
+    columns = min(power_of_2(problem.head_dim_v), columns)
+    every_row = problem.batch * problem.heads_q * problem.seqlen_q
+    overlapping = problem.arch is not None and problem.arch >= OVERLAPPING
+    following = {"OVERLAP": True, "launch_pdl": True} if overlapping else {"OVERLAP": False}
+    return _Fixed(
+        grid=(cut.programs(problem),),
+        bounds=decode_arguments.decode_bounds(problem),
+        sizes=cut.sizes(problem),
+        score=arguments.score(problem),
+        gating=decode_arguments.gating(problem),
+        precision=arguments.precision(problem),
+        tile={
+            "BLOCK_I": rows,
+            "BLOCK_G": heads,
+            "BLOCK_N": cut.tile.block_n,
+            "ACC": arguments.accumulator(problem),
+            "num_warps": cut.tile.warps,
+            "num_stages": cut.tile.stages,
+        },
+        of_keys={
+            "D": problem.head_dim,
+            "BLOCK_D": arguments.block_width(problem.head_dim),
+            "WIDE": problem.arch is None or problem.arch in FAST_FLOAT64,
+        },
+        of_values={
+            "DV": problem.head_dim_v,
+            "BLOCK_DV": arguments.block_width(problem.head_dim_v),
+            "FINAL": cut.splits == 1,
+        },
+        merge_grid=(every_row * ceil_div(problem.head_dim_v, columns),),
+        merge={
+            "DV": problem.head_dim_v,
+            "BLOCK_C": columns,
+            "BLOCK_S": min(most, MERGED_ELEMENTS // columns),
+            "MOST_SPLITS": most,
+        },
+        overlaps=({"OVERLAP": overlapping}, following),
+    )
+
+
 class _Call:
     """The launches of one call; splits are those of its plan throughout.
 
@@ -194,102 +267,80 @@ class _Call:
     def __init__(self, problem: AttentionProblem, tensors: AttentionTensors, cut: Plan) -> None:
         self.problem, self.tensors, self.cut = problem, tensors, cut
         self.launched = False
-        self.grid = (cut.programs(problem),)
-        self.bounds = decode_arguments.decode_bounds(problem)
-        self.terms = decode_arguments.terms(problem, tensors)
-        self.sizes = cut.sizes(problem)
+        self.fixed = _fixed(problem, cut)
+        self.terms = decode_arguments.terms(problem, tensors, self.fixed.gating)
         self.lengths = decode_arguments.lengths(tensors)
         self.pages = decode_arguments.pages(tensors)
         lists = tensors.key_indices
         if lists is not None and not cut.repeats_tested:
             lists = ascending(problem, tensors, **self._overlap())
         self.listed = decode_arguments.listed(lists, cut.repeats_tested)
-        rows, heads = cut.rows(problem)
-        self.tile = {
-            "BLOCK_I": rows,
-            "BLOCK_G": heads,
-            "BLOCK_N": cut.tile.block_n,
-            "ACC": arguments.accumulator(problem),
-            "num_warps": cut.tile.warps,
-            "num_stages": cut.tile.stages,
-        }
-        self.width = arguments.block_width(problem.head_dim)
-        self.width_v = arguments.block_width(problem.head_dim_v)
-        self.precision = arguments.precision(problem)
-        self.wide = problem.arch is None or problem.arch in FAST_FLOAT64
 
     def attend(self, o: Tensor, lse: Tensor, highest: Tensor | None) -> None:
         """O1 of every split."""
         k, v = self._cache()
-        attend_kernel[self.grid](
-            arguments.operand(self.tensors.q), k, v, o, lse, highest, self.lengths, self.pages,
-            self.listed, arguments.score(self.problem), *self.bounds, *self.terms, *self.sizes,
-            D=self.problem.head_dim, DV=self.problem.head_dim_v, BLOCK_D=self.width,
-            BLOCK_DV=self.width_v, PRECISION=self.precision, WIDE=self.wide,
-            FINAL=self.cut.splits == 1, TMA=isinstance(k, TensorDescriptor),
-            **self.tile, **self._overlap(),
+        fixed = self.fixed
+        attend_kernel[fixed.grid](
+            decode_arguments.rows(self.tensors.q), k, v, o, lse, highest, self.lengths, self.pages,
+            self.listed, fixed.score, *fixed.bounds, *self.terms, *fixed.sizes,
+            PRECISION=fixed.precision, TMA=isinstance(k, TensorDescriptor),
+            **fixed.tile, **fixed.of_keys, **fixed.of_values, **self._overlap(),
         )  # fmt: skip
 
     def highest_gates(self) -> Tensor:
         """V7: the largest gate of each row in each split."""
         rows = (self.problem.batch, self.problem.heads_q, self.problem.seqlen_q, self.cut.splits)
         highest = self.tensors.q.new_empty(rows, dtype=arguments.sum_dtype(self.problem))
-        highest_gates_kernel[self.grid](
-            highest, self.lengths, self.listed, *self.bounds, *self.terms, *self.sizes,
-            **self.tile, **self._overlap(),
+        fixed = self.fixed
+        highest_gates_kernel[fixed.grid](
+            highest, self.lengths, self.listed, *fixed.bounds, *self.terms, *fixed.sizes,
+            **fixed.tile, **self._overlap(),
         )  # fmt: skip
         return highest
 
     def attend_to_kept(self, o: Tensor, lse: Tensor, kept: Tensor, highest: Tensor | None) -> None:
         """T1: O1 of every split over the blocks kept, and which they are."""
-        problem, q = self.problem, self.tensors.q
+        problem, q, fixed = self.problem, self.tensors.q, self.fixed
         wide = arguments.sum_dtype(problem)
         rows = (problem.batch, problem.heads_q, problem.seqlen_q)
         pairs = q.new_empty((*rows, problem.seqlen_k), dtype=wide)
         score_lse = q.new_empty((*rows, self.cut.splits), dtype=wide)
         counts = q.new_empty((*rows, self.cut.splits), dtype=torch.int32)
         k, v = self._cache()
-        tma = isinstance(k, TensorDescriptor)
-        common = {**self.tile, "PRECISION": self.precision, "TMA": tma}
-        scores_kernel[self.grid](
-            arguments.operand(q), k, pairs, score_lse, counts, highest, self.lengths, self.pages,
-            arguments.score(problem), *self.bounds, *self.terms, *self.sizes,
-            D=problem.head_dim, BLOCK_D=self.width, WIDE=self.wide, **common, **self._overlap(),
+        read = {"PRECISION": fixed.precision, "TMA": isinstance(k, TensorDescriptor)}
+        scores_kernel[fixed.grid](
+            decode_arguments.rows(q), k, pairs, score_lse, counts, highest, self.lengths,
+            self.pages, fixed.score, *fixed.bounds, *self.terms, *fixed.sizes,
+            **read, **fixed.tile, **fixed.of_keys, **self._overlap(),
         )  # fmt: skip
-        kept_kernel[self.grid](
+        kept_kernel[fixed.grid](
             pairs, v, o, lse, kept, score_lse, counts, self.lengths, self.pages,
-            arguments.number(problem, problem.softmax_threshold), kept.shape[3], *self.bounds,
-            *self.sizes, DV=problem.head_dim_v, BLOCK_DV=self.width_v,
-            TILES=WORD_KEYS // self.cut.tile.block_n,
-            FINAL=self.cut.splits == 1, **common, **self._overlap(),
+            arguments.number(problem, problem.softmax_threshold), kept.shape[3], *fixed.bounds,
+            *fixed.sizes, TILES=WORD_KEYS // self.cut.tile.block_n,
+            **read, **fixed.tile, **fixed.of_values, **self._overlap(),
         )  # fmt: skip
 
     def merge(self, parts: Tensor, part_lse: Tensor, o: Tensor, lse: Tensor) -> None:
         """o and lse from those of the splits."""
-        problem, splits = self.problem, self.cut.splits
-        most = power_of_2(splits)
-        columns = max(MERGED_ELEMENTS // most, FEWEST_COLUMNS)
-        columns = min(power_of_2(problem.head_dim_v), columns)
-        rows = lse.numel()
-        merge_kernel[(rows * ceil_div(problem.head_dim_v, columns),)](
-            parts, part_lse, o, lse, rows, problem.heads_q, problem.seqlen_q, splits,
-            DV=problem.head_dim_v, BLOCK_C=columns, BLOCK_S=min(most, MERGED_ELEMENTS // columns),
-            MOST_SPLITS=most, **self._overlap(),
+        problem, fixed = self.problem, self.fixed
+        merge_kernel[fixed.merge_grid](
+            parts, part_lse, o, lse, lse.numel(), problem.heads_q, problem.seqlen_q,
+            self.cut.splits, **fixed.merge, **self._overlap(),
         )  # fmt: skip
 
     def _overlap(self) -> dict[str, bool]:
-        """Options of the next launch."""
-        if self.problem.arch is None or self.problem.arch < OVERLAPPING:
-            return {"OVERLAP": False}
+        """Keywords of the next launch."""
         follows, self.launched = self.launched, True
-        return {"OVERLAP": True, "launch_pdl": follows}
+        return self.fixed.overlaps[follows]
 
     def _cache(self) -> tuple:
         """k and v as tiles of keys are read from them: by the copy engine, or by pointers."""
-        tile, tensors = self.cut.tile, self.tensors
-        widths = ((tensors.k, self.width), (tensors.v, self.width_v))
-        if tile.tma and not scattered(tensors, tile.block_n):
-            found = tuple(arguments.source(x, tile.block_n, width, True) for x, width in widths)
+        k, v, tile = self.tensors.k, self.tensors.v, self.cut.tile
+        if tile.tma and not scattered(self.problem, tile.block_n):
+            found = (
+                arguments.source(k, tile.block_n, self.fixed.of_keys["BLOCK_D"], True),
+                arguments.source(v, tile.block_n, self.fixed.of_values["BLOCK_DV"], True),
+            )
             if all(isinstance(x, TensorDescriptor) for x in found):
                 return found
-        return arguments.operand(tensors.k), arguments.operand(tensors.v)
+        return decode_arguments.rows(k), decode_arguments.rows(v)

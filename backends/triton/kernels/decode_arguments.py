@@ -16,11 +16,21 @@ from torch import Tensor
 from flash_sparse_attn.problem import AttentionProblem, Gate
 from flash_sparse_attn.tensors import AttentionTensors
 
-from .arguments import Bounds, bounds, number
+from .arguments import Bounds, bounds, flag, number
 from .sizes import power_of_2
 
 SLACK = {4: 2.0**-20, 8: 2.0**-48}
 """By the size of an accumulator: what two evaluations of a gate may differ by, as a share."""
+
+
+class Rows(NamedTuple):
+    """A `[B, S, H, D]` tensor that is read by rows: data and strides in elements."""
+
+    pointer: Tensor
+    batch: int
+    row: int
+    head: int
+    column: int
 
 
 class Lengths(NamedTuple):
@@ -128,6 +138,11 @@ PLAIN_INTEGERS = [*Bounds._fields, *Sizes._fields]
 """Arguments whose values do not change the code of a kernel."""
 
 
+def rows(tensor: Tensor) -> Rows:
+    """Describe a `[B, S, H, D]` tensor of any strides."""
+    return Rows(tensor, *tensor.stride())
+
+
 def lengths(tensors: AttentionTensors) -> Lengths | None:
     """`cache_seqlens`, None where every sequence is full."""
     seqlens = tensors.cache_seqlens
@@ -155,8 +170,8 @@ def decode_bounds(problem: AttentionProblem) -> Bounds:
     return found._replace(right=None) if problem.seqlen_q == 1 else found
 
 
-def terms(problem: AttentionProblem, tensors: AttentionTensors) -> Terms:
-    """Every optional term of the call."""
+def terms(problem: AttentionProblem, tensors: AttentionTensors, gating: Gating | None) -> Terms:
+    """Every optional term of the call; `gating` is that of the problem."""
     start, end = (
         None if x is None else _term(problem, x.unsqueeze(2))
         for x in (tensors.interval_start, tensors.interval_end)
@@ -165,11 +180,10 @@ def terms(problem: AttentionProblem, tensors: AttentionTensors) -> Terms:
     if tensors.block_map is not None:
         term = _term(problem, tensors.block_map)
         blocks = Blocks(*term, problem.block_size_q, problem.block_size_k)
-    alpha = delta = gating = None
-    if problem.gate is not None:
+    alpha = delta = None
+    if gating is not None:
         alpha = _term(problem, tensors.gate_q.transpose(1, 2).unsqueeze(3))
         delta = _term(problem, tensors.gate_k.transpose(1, 2).unsqueeze(2))
-        gating = _gating(problem)
     mask, bias = (None if x is None else _term(problem, x) for x in (tensors.mask, tensors.bias))
     return Terms(mask, start, end, blocks, bias, alpha, delta, gating)
 
@@ -178,26 +192,30 @@ def _term(problem: AttentionProblem, x: Tensor) -> Term:
     if x.dtype == torch.bool and problem.dtype == torch.float64:
         # Triton 3.6 fails to compile float64 products of what loads of bytes decide.
         x = x.to(torch.int32)
-    strides = [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
-    heads = x.shape[1]
+    shape = x.shape
+    strides = [0 if size == 1 else stride for size, stride in zip(shape, x.stride(), strict=True)]
+    heads = shape[1]
     of_query_heads = heads == problem.heads_q and heads != problem.heads_kv
     return Term(
         x,
         *strides,
         1 if heads == problem.heads_q else problem.group,
-        tl.constexpr(x.shape[2] != 1 or of_query_heads),
-        tl.constexpr(x.shape[3] != 1),
+        flag(shape[2] != 1 or of_query_heads),
+        flag(shape[3] != 1),
     )
 
 
-def _gating(problem: AttentionProblem) -> Gating:
+def gating(problem: AttentionProblem) -> Gating | None:
+    """What gates are, beside their values."""
+    if problem.gate is None:
+        return None
     wide = max(problem.dtype.itemsize, 4)
     reach = math.log2(problem.gate_threshold) if problem.gate_threshold > 0 else 0.0
     return Gating(
         number(problem, problem.softmax_scale),
-        tl.constexpr(problem.gate == Gate.LOGSIGMOID),
-        tl.constexpr(problem.dtype.itemsize >= 4),
-        tl.constexpr(False),
+        flag(problem.gate == Gate.LOGSIGMOID),
+        flag(problem.dtype.itemsize >= 4),
+        flag(False),
         number(problem, reach),
         tl.constexpr(SLACK[wide]),
     )

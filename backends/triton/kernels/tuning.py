@@ -67,6 +67,7 @@ class Tile:
         return options | ({"maxnreg": self.registers} if self.registers else {})
 
 
+@functools.lru_cache(maxsize=1024)
 def tile(kernel: str, problem: AttentionProblem, gathered: bool = False) -> Tile:
     """The tile of a kernel for a problem, over all keys or over gathered ones."""
     gathered = gathered and problem.gate is None  # whose tiles are listed, not a short span
@@ -109,11 +110,16 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def multiprocessors(problem: AttentionProblem, device: torch.device) -> int:
+    """Of the device; 0 in the interpreter."""
+    return 0 if problem.arch is None else _multiprocessors(device)
+
+
 def parts(problem: AttentionProblem, device: torch.device) -> int:
     """Programs that a plane of keys should keep busy."""
     if problem.arch is None:
         return INTERPRETED_PARTS
-    every = _multiprocessors(device) * PARTS_PER_MULTIPROCESSOR
+    every = multiprocessors(problem, device) * PARTS_PER_MULTIPROCESSOR
     return ceil_div(every, problem.batch * problem.heads_kv)
 
 
@@ -147,7 +153,7 @@ def decode_tile(problem: AttentionProblem, scattered: bool) -> Tile:
     return _lookup("decode", problem.arch or 0, problem.dtype.itemsize, width, unfit)
 
 
-def decode_slots(problem: AttentionProblem, tile: Tile, device: torch.device) -> int:
+def decode_slots(problem: AttentionProblem, tile: Tile, multiprocessors: int) -> int:
     """Programs of decoding that run at a time: as many as have their pipelines in shared memory."""
     if problem.arch is None:
         return INTERPRETED_DECODE_PROGRAMS
@@ -156,4 +162,4 @@ def decode_slots(problem: AttentionProblem, tile: Tile, device: torch.device) ->
     tiles = tile.stages if tile.tma else max(1, tile.stages - 1)  # pointers need one buffer less
     pipeline = tiles * tile.block_n * width * problem.dtype.itemsize
     programs = max(1, min(MOST_DECODE_PROGRAMS[tile.tma], memory // pipeline))
-    return _multiprocessors(device) * programs
+    return multiprocessors * programs
