@@ -245,7 +245,7 @@ def _gather(
         bounds=bounds, ranges=ranges, gates=gates, bias=terms.bias if bias is None else bias
     )
     if terms.sequences is not None:
-        sequences = terms.sequences._replace(gathered=tl.constexpr(True))
+        sequences = terms.sequences._replace(gathered=arguments.flag(True))
         terms = terms._replace(sequences=sequences)
     return replace(tensors, k=k, v=v), terms, slots
 
@@ -285,7 +285,7 @@ def _bias(
         gathered,
         0 if batch == 1 else heads,
     )
-    kind = (tl.constexpr(False), tl.constexpr(True), tl.constexpr(True))
+    kind = (arguments.flag(False), arguments.flag(True), arguments.flag(True))
     strides = (*broadcast_strides(gathered)[:2], 0, 1)
     return (
         given,

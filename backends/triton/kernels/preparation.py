@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from flash_sparse_attn.packed_mask import with_dense_mask
@@ -87,9 +86,9 @@ def prepare(
     if problem.block_map is not None and not blocks.fit(problem):
         problem, tensors = blocks.as_mask(problem, tensors)
     sequences = arguments.sequences(problem, tensors)
-    tensors = replace(
-        tensors, **{name: arguments.batched(getattr(tensors, name)) for name in ("q", "k", "v")}
-    )
+    if sequences is not None:
+        q, k, v = map(arguments.batched, (tensors.q, tensors.k, tensors.v))
+        tensors = replace(tensors, q=q, k=k, v=v)
     block = tuning.mask_block(problem)
     packed = problem.mask is not None and problem.mask[2] != 1
     pruned = problem.gate_threshold > 0
@@ -137,12 +136,12 @@ def _bias(problem: AttentionProblem, bias: Tensor, sequences: Sequences | None) 
     if rows != 1 and keys != 1:
         block = arguments.RECORD_BLOCK
         even = rows % block == 0 and keys % block == 0
-        kind = (tl.constexpr(True), tl.constexpr(True), tl.constexpr(even))
+        kind = (arguments.flag(True), arguments.flag(True), arguments.flag(even))
         return Bias(bias, *broadcast_strides(bias)[:2], *bias.stride()[2:], heads_per_head, *kind)
     on_rows = rows != 1
     made = record(problem, bias[..., 0] if on_rows else bias[:, :, 0], sequences, not on_rows)
     strides = (*broadcast_strides(made)[:2], int(on_rows), int(not on_rows))
-    kind = (tl.constexpr(on_rows), tl.constexpr(not on_rows), tl.constexpr(True))
+    kind = (arguments.flag(on_rows), arguments.flag(not on_rows), arguments.flag(True))
     return Bias(made, *strides, heads_per_head, *kind)
 
 
@@ -258,7 +257,7 @@ def key_ranges(
     strides = (*broadcast_strides(first)[:2], heads_per_head)
     bits_suffice = problem.mask is not None and problem.mask[2] != 1 and problem.mask[3] > 1
     ruled = problem.causal or problem.window != (None, None) or problem.intervals is not None
-    binding = tl.constexpr(ruled or not bits_suffice)
+    binding = arguments.flag(ruled or not bits_suffice)
     extrema_strides = broadcast_strides(extrema)[:2]
     return Ranges(first, last, *strides, extrema, *extrema_strides, binding), live
 
@@ -313,7 +312,7 @@ def list_tiles(
             TILES=power_of_2(slots.capacity // tile.block_n),
             **shape,
         )
-        kind = (tl.constexpr(True), tl.constexpr(False))
+        kind = (arguments.flag(True), arguments.flag(False))
         return TileLists(index, index, 4, *strides, heads_per_list, *kind)
     n = batch * heads * own
     made = terms.ranges.first.new_empty(n * (other + 3))
@@ -337,7 +336,7 @@ def list_tiles(
     )
     # Bits of a mask (V3) are read anew for every head, and better together.
     scattered = problem.block_map is not None and terms.mask is None
-    kind = (tl.constexpr(False), tl.constexpr(scattered))
+    kind = (arguments.flag(False), arguments.flag(scattered))
     return TileLists(index, counts, other, *strides, heads_per_list, *kind)
 
 

@@ -51,6 +51,8 @@ STEPS: tl.constexpr = tl.constexpr(127.0)
 """The greatest integer, so that its negative is one too."""
 HALF: tl.constexpr = tl.constexpr(0.5001)
 """Of a step, what rounding to integers takes from an element, and float32 beside it."""
+LANES: tl.constexpr = tl.constexpr(4)
+"""Threads that share a row of a product in the layout of the tensor cores."""
 NARROWEST = 32
 """Columns of the least product of 8-bit integers."""
 SOURCES = {True: 2, False: 4}
@@ -134,9 +136,40 @@ def key_bounds_kernel(
 @triton.jit
 def _products(q8, known, first, BLOCK_N: tl.constexpr, SUB: tl.constexpr, BLOCK_D: tl.constexpr):
     """<q8, k8> for BLOCK_N keys from the block `first` on."""
-    rows = first.to(tl.int64) * SUB + tl.arange(0, BLOCK_N)
-    k8 = tl.load(known.keys + rows[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :])
+    start = known.keys + first.to(tl.int64) * (SUB * BLOCK_D)
+    rows = tl.arange(0, BLOCK_N)[:, None] * BLOCK_D
+    k8 = tl.load(start + (rows + tl.arange(0, BLOCK_D)[None, :]))
     return tl.dot(q8, tl.trans(k8), out_dtype=tl.int32)
+
+
+@triton.jit
+def _largest(product, BLOCK_M: tl.constexpr, PARTS: tl.constexpr, SUB: tl.constexpr):
+    """The greatest products of rows in parts of SUB keys, [BLOCK_M, PARTS, LANES]: over the keys
+    that one thread holds, two neighbours of every 2 * LANES, so that none has to be exchanged.
+    """
+    held = tl.reshape(product, [BLOCK_M, PARTS, SUB // (2 * LANES), LANES, 2])
+    return tl.max(tl.max(held, 2), 3)
+
+
+@triton.jit
+def _both(x, y):
+    return x & y
+
+
+@triton.jit
+def _take(gone, entry, there, COUNTED: tl.constexpr):
+    """Take the bits that are set in all of `gone` from words of kept bits, one a row block of a
+    query tile; returns how many they are, if COUNTED.
+
+    All rows or none, so that tiles of the attention kernels stay whole.
+    """
+    taken = tl.reduce(tl.ravel(gone), 0, _both)
+    clear = tl.zeros(there.shape, tl.int32) + ~taken
+    tl.atomic_and(entry, clear, mask=there & (taken != 0), sem="relaxed")
+    spared = 0
+    if COUNTED:
+        spared = tl.sum(taken >> tl.arange(0, 32) & 1, 0)
+    return spared
 
 
 @triton.jit(do_not_specialize=[*Bounds._fields, "heads_q", "group", "tiles_q", "n_tiles_q"])
@@ -207,6 +240,8 @@ def screen_kernel(
     own = nth if sequences is not None else tile_q
     tiles, n_full, n_partial = key_tiles(bounds, lists, place, h, tile_q, own, BLOCK_M, BLOCK_N)
     n_tiles = n_full + n_partial
+    if n_tiles == 0:  # a list of none has no number to start from
+        return
     q_tile = load_tile(
         q, place.batch, h, place.row + start_q, place.row + n_q, BLOCK_M, D, BLOCK_D, True, False
     )
@@ -217,6 +252,10 @@ def screen_kernel(
     half_norm = tl.sum(tl.abs(q8.to(tl.float32)), 1) * step * HALF
     plane = place.batch * known.batch + h // group * known.head
     base = plane + place.key_record // SUB
+    row_step = step[:, None, None]
+    row_half_norm = half_norm[:, None, None]
+    PARTS: tl.constexpr = BLOCK_N // SUB
+    part = tl.arange(0, PARTS)
     alpha = None
     if gates is not None:
         alpha = load_alpha(gates, place, h, i)
@@ -233,11 +272,11 @@ def screen_kernel(
             j = start_k + tl.arange(0, BLOCK_N)
             first = base + start_k // SUB
             product = _products(q8, known, first, BLOCK_N, SUB, BLOCK_D)
-            block = first + tl.arange(0, BLOCK_N) // SUB
-            key_step = tl.load(known.steps + block)[None, :]
-            error = half_norm[:, None] * key_step
-            error += step[:, None] * (tl.load(known.norms + block) * HALF)[None, :]
-            x = (product.to(tl.float32) * (step[:, None] * key_step) - error) * sign
+            key_step = tl.load(known.steps + first + part)[None, :, None]
+            norm = tl.load(known.norms + first + part)[None, :, None] * HALF
+            x = tl.reshape(product, [BLOCK_M, PARTS, SUB]).to(tl.float32)
+            x = x * (row_step * key_step) - (row_half_norm * key_step + row_step * norm)
+            x = tl.reshape(x, [BLOCK_M, BLOCK_N]) * sign
             row_alpha = None
             delta = None
             bias_tile = None
@@ -267,34 +306,39 @@ def screen_kernel(
 
     # From above: a sample of the tiles, or all of them.
     GROUPS: tl.constexpr = BLOCK_M // KEPT_ROWS
-    PARTS: tl.constexpr = BLOCK_N // SUB
     BITS: tl.constexpr = SUB // KEPT_KEYS
-    part = tl.arange(0, PARTS)
     bits = ((tl.constexpr(1) << BITS) - 1) << part * BITS
     row = start_q // KEPT_ROWS + tl.arange(0, GROUPS)
     there = row * KEPT_ROWS < n_q
     entry = kept.words + tl.cast(place.batch, tl.int64) * kept.batch
     entry += tl.cast(h, tl.int64) * kept.head + (place.row_block + row).to(tl.int64) * kept.row
-    row_bias = 0.0
+    row_bias = None
     if bias is not None and not known.biased:  # of rows
-        row_bias = load_bias(bias, place, h, i, i, None)[:, None].to(tl.float32) * LOG2E
+        row_bias = load_bias(bias, place, h, i, i, None)[:, None, None].to(tl.float32) * LOG2E
     stride = 1
     n_looks = n_tiles
     if SAMPLING:
         stride = n_tiles // SAMPLE
         n_looks = tl.where(n_tiles >= SAMPLE * 4, SAMPLE, 0)
     spared = 0
+    # A thread notes in the bits of a word of `kept` what its elements let go. All vote where the
+    # word ends, as that takes barriers: one in 1024 keys.
+    gone = tl.zeros([BLOCK_M, LANES], tl.int32)
     # What belongs to a tile is read one tile ahead.
     tile_k = visited_tile(tiles, lists, tl.minimum(stride // 2, n_tiles - 1), n_full)
     key_step = tl.load(known.steps + base + tile_k * PARTS + part)
     norm = tl.load(known.norms + base + tile_k * PARTS + part)
+    word = tile_k * (PARTS * BITS) >> 5
     for look in range(n_looks):
-        start_k = tile_k * BLOCK_N
-        first = base + tile_k * PARTS
-        product = _products(q8, known, first, BLOCK_N, SUB, BLOCK_D)
-        most = tl.max(tl.reshape(product, [BLOCK_M, PARTS, SUB]), 2).to(tl.float32)
-        most = most * step[:, None] * key_step[None, :]
-        most += half_norm[:, None] * key_step[None, :] + step[:, None] * (norm * HALF)[None, :]
+        bit = tile_k * (PARTS * BITS)
+        if bit >> 5 != word:
+            spared += _take(gone, entry + word, there, SAMPLING)
+            gone = tl.zeros([BLOCK_M, LANES], tl.int32)
+            word = bit >> 5
+        product = _products(q8, known, base + tile_k * PARTS, BLOCK_N, SUB, BLOCK_D)
+        most = _largest(product, BLOCK_M, PARTS, SUB).to(tl.float32)
+        most = most * row_step * key_step[None, :, None]
+        most += row_half_norm * key_step[None, :, None] + row_step * (norm * HALF)[None, :, None]
         most, _, _, _ = scores(most * sign, score, None, None, None, None)
         most = most.to(tl.float32)
         if gates is not None:
@@ -304,31 +348,25 @@ def screen_kernel(
                 + h // gates.heads_per_delta * gates.extrema_head
                 + (place.key_record // SUB + tile_k * PARTS + part) * 2
             )
-            one, _slope = gate(gates, alpha[:, None] * tl.load(at)[None, :], gates.coarse)
-            other, _slope = gate(gates, alpha[:, None] * tl.load(at + 1)[None, :], gates.coarse)
-            largest = tl.maximum(one, other, propagate_nan=tl.PropagateNan.ALL)
-            most += largest.to(tl.float32)
+            row_alpha = alpha[:, None, None]
+            one, _slope = gate(gates, row_alpha * tl.load(at)[None, :, None], gates.coarse)
+            other, _slope = gate(gates, row_alpha * tl.load(at + 1)[None, :, None], gates.coarse)
+            most += tl.maximum(one, other, propagate_nan=tl.PropagateNan.ALL).to(tl.float32)
         if known.biased:
             at = tl.cast(place.batch, tl.int64) * known.bias_batch + h * known.bias_head
             at += place.key_record // SUB + tile_k * PARTS + part
-            most += tl.load(known.bias + at)[None, :]
-        most += row_bias
-        # All rows or none, so that tiles of the attention kernels stay whole.
-        gone = tl.min((most < level[:, None]).to(tl.int32), 0)
-        spared += tl.sum(gone, 0)
-        taken = tl.sum(gone * bits, 0) << (start_k // KEPT_KEYS % 32)
-        tl.atomic_and(
-            entry + start_k // (32 * KEPT_KEYS),
-            tl.zeros([GROUPS], tl.int32) + ~taken,
-            mask=there & (taken != 0),
-            sem="relaxed",
-        )
+            most += tl.load(known.bias + at)[None, :, None]
+        if row_bias is not None:
+            most += row_bias
+        lost = tl.sum(tl.where(most < level[:, None, None], bits[None, :, None], 0), 1)
+        gone |= lost << (bit & 31)
         following = tl.minimum((look + 1) * stride + stride // 2, n_tiles - 1)
         tile_k = visited_tile(tiles, lists, following, n_full)
         key_step = tl.load(known.steps + base + tile_k * PARTS + part)
         norm = tl.load(known.norms + base + tile_k * PARTS + part)
+    spared += _take(gone, entry + word, there, SAMPLING)
     if SAMPLING:
-        tl.store(decision, (spared * WORTH >= n_looks * PARTS).to(tl.int32))
+        tl.store(decision, (spared * WORTH >= n_looks * PARTS * BITS).to(tl.int32))
 
 
 def _key_bounds(problem: AttentionProblem, tensors: AttentionTensors, terms: Terms) -> KeyBounds:
@@ -366,7 +404,7 @@ def _key_bounds(problem: AttentionProblem, tensors: AttentionTensors, terms: Ter
     strides = arguments.broadcast_strides(bias)[:2] if biased else (0, 0)
     batch_stride = 0 if batch == 1 else problem.heads_kv * n_blocks
     return KeyBounds(
-        keys, steps, norms, bias, batch_stride, n_blocks, *strides, tl.constexpr(biased)
+        keys, steps, norms, bias, batch_stride, n_blocks, *strides, arguments.flag(biased)
     )
 
 

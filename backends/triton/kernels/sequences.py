@@ -121,7 +121,7 @@ def placed(sequences: Sequences | None, tiles: int, size: int, of_keys: bool) ->
         return None
     places = sequences.cu_q.new_empty((tiles, 8))
     place_tiles_kernel[(tiles,)](places, sequences, BLOCK=size, OF_KEYS=of_keys, num_warps=1)
-    return sequences._replace(places=places, placed=tl.constexpr(True))
+    return sequences._replace(places=places, placed=arguments.flag(True))
 
 
 @triton.jit(do_not_specialize=["length", "heads"])

@@ -211,10 +211,13 @@ def nth_tile(tiles, lists, t, PARTIAL: tl.constexpr):
 
 @triton.jit
 def visited_tile(tiles, lists, t, n_full):
-    """Number of the t-th tile of all: the full ones, then the partial ones."""
-    full = nth_tile(tiles, lists, t, False)
-    partial = nth_tile(tiles, lists, tl.maximum(t - n_full, 0), True)
-    return tl.where(t < n_full, full, partial)
+    """Number of the t-th tile that is visited, full or partial, of those that `key_tiles` gives."""
+    if lists is not None:
+        tile_k = tl.load(tiles + tl.where(t < n_full, t, lists.length - 1 + n_full - t))
+    else:
+        sinks, low, _full_low, _full_high, _high = tiles
+        tile_k = tl.where(t < sinks, t, low + t - sinks)
+    return tile_k
 
 
 @triton.jit

@@ -43,11 +43,13 @@ class Loop:
         instructions: how many it has.
         spills: those of them that read or write registers spilled to local memory.
         waits: those that a warp group waits at, around its asynchronous products.
+        barriers: those that all warps of a program wait at.
     """
 
     instructions: int
     spills: int
     waits: int
+    barriers: int
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Kernel:
                 end - start,
                 len(self._matching(r"\s(?:LDL|STL)\b", start, end)),
                 len(self._matching(r"\sWARPGROUP\.", start, end)),
+                len(self._matching(r"\sBAR\.SYNC\b", start, end)),
             )
             for start, end in inner
         ]

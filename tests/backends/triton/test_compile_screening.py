@@ -26,6 +26,8 @@ pytestmark = [
 SEQLEN = 2048
 PRODUCTS = {80: "IMMA", 90: "IGMMA", 100: "UTC\\w*MMA|IMMA", 120: "IMMA"}
 """Instructions of products of 8-bit integers, by family."""
+BARRIERS = 4
+"""Of a loop on sm_90: two of the pipeline, and two of the vote, where a word of bits ends."""
 
 
 def compiled(arch: int, dtype: torch.dtype, dim: int) -> dict[str, Kernel]:
@@ -45,3 +47,4 @@ def test_products_of_integers(arch, dtype, dim):
     assert kernel.hot_loops
     for loop in kernel.hot_loops:
         assert loop.spills <= LARGEST_SPILL * loop.instructions, loop
+        assert arch != 90 or loop.barriers <= BARRIERS, loop

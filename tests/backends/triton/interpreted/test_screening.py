@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from flash_sparse_attn.backends import triton as backend
@@ -29,9 +31,11 @@ def tensors(seqlen: int, peaked: tuple[bool, ...]) -> AttentionTensors:
     return AttentionTensors(q, k, v)
 
 
-def attend(given: AttentionTensors, scale: float, grads: tuple[str, ...] = ("q", "k", "v")):
-    """Gradients of the sum of squares of o, and the blocks kept `[1, H, Sq / 16, Sk / 32]`."""
-    options = AttentionOptions(softmax_scale=scale, causal=True, softmax_threshold=SHARE)
+def attend(
+    given: AttentionTensors, scale: float, grads: tuple[str, ...] = ("q", "k", "v"), **options
+):
+    """o, gradients of the sum of its squares, and the blocks kept `[1, H, Sq / 16, Sk / 32]`."""
+    options = AttentionOptions(softmax_scale=scale, causal=True, softmax_threshold=SHARE, **options)
     problem = describe(given, options, grads)
     o, lse, kept = backend.forward(problem, given)
     gradients = backend.backward(problem, given, o, lse, kept, 2 * o, None)
@@ -69,6 +73,28 @@ def test_a_sample_of_many_tiles_decides(monkeypatch):
     deciding = {7, 15, seqlen // rows - 1}
     for tile, own in enumerate(dropped):
         assert (0 < own[0].sum() <= 4) if tile in deciding else not own.any()
+
+
+def test_rows_of_a_tile_drop_together():
+    """In every word of bits, of the blocks that a map (V5) leaves: others stay as they are, and so
+    do query tiles that visit nothing.
+    """
+    seqlen, rows, block = 1280, 64, KEPT_BLOCK  # rows of a query tile; two words of keys
+    generator = torch.Generator().manual_seed(1)
+    shape = (1, 1, seqlen // block[0], seqlen // block[1])
+    block_map = torch.rand(shape, generator=generator) < 0.95
+    block_map[..., 4 : 4 + rows // block[0], :] = False
+    given = replace(tensors(seqlen, (True,)), block_map=block_map)
+    sizes = {"block_size_q": block[0], "block_size_k": block[1]}
+    *_, active = attend(given, 0.25, grads=("q",), **sizes)
+    assert not (active & ~block_map).any()
+    taken = (block_map & ~active)[0, 0].unflatten(0, (-1, rows // block[0]))
+    by_tile = taken.any(1, keepdim=True) & block_map[0, 0].unflatten(0, (-1, rows // block[0]))
+    assert torch.equal(taken, by_tile)
+    keys_per_word = 32 * block[1]
+    for first in range(0, seqlen, keys_per_word):
+        word = taken[..., first // block[1] : (first + keys_per_word) // block[1]]
+        assert word[first // rows + 1 :].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
