@@ -108,7 +108,7 @@ class Score(NamedTuple):
 
 
 class Gates(NamedTuple):
-    """S3 and V7: alpha, in base 2, and delta as records, strides 0 where broadcast."""
+    """S3 and V7: alpha, in the base of scores, and delta as records, strides 0 where broadcast."""
 
     alpha: Tensor
     alpha_batch: int
@@ -126,7 +126,7 @@ class Gates(NamedTuple):
     coarse: Any
     """Whether c is so small that an error of g of 1e-3 is within a 16-bit result's."""
     floor: Tensor
-    """V7: the least c g_ij, in base 2, that row i keeps; a record as alpha."""
+    """V7: the least c g_ij, in the base of scores, that row i keeps; a record as alpha."""
     limits: Tensor
     """V7 for `KEPT_BLOCK` rows at once, `[B, Hq, blocks, 4]`: some row keeps a key of delta >= the
     first or <= the second; all keep one of delta >= the third and <= the fourth.

@@ -23,6 +23,7 @@ from .arguments import (
     RECORD_BLOCK,
     Bounds,
     Gates,
+    Score,
     Sequences,
     Terms,
     TileLists,
@@ -103,9 +104,10 @@ def gate_floor_kernel(
     SUB: tl.constexpr,
     CHUNK: tl.constexpr,
     ACC: tl.constexpr,
+    NATURAL: tl.constexpr,
 ):
-    """V7: mu_i + ln gamma in base 2, less what rounding may take, and what it means for the delta
-    of a key; grid as the forward's.
+    """V7: mu_i + ln gamma in the base of scores, less what rounding may take, and what it means for
+    the delta of a key; grid as the forward's.
     """
     h = tl.program_id(0) % heads_q
     nth = tl.program_id(0) // heads_q
@@ -137,8 +139,8 @@ def gate_floor_kernel(
         low = tl.minimum(low, tl.min(tl.where(keep, delta, float("inf")), 1))
         high = tl.maximum(high, tl.max(tl.where(keep, delta, float("-inf")), 1))
     alpha = load_alpha(gates, place, h, i)
-    one, _slope = gate(gates, alpha * low, gates.coarse)
-    other, _slope = gate(gates, alpha * high, gates.coarse)
+    one, _slope = gate(gates, alpha * low, gates.coarse, NATURAL)
+    other, _slope = gate(gates, alpha * high, gates.coarse, NATURAL)
     largest = tl.maximum(one, other)
     value = largest + share - slack * (1.0 + tl.abs(largest))
     # Where a gate is NaN nothing is dropped.
@@ -147,8 +149,8 @@ def gate_floor_kernel(
     record += place.row_record
     tl.store(floor + record + i, value, mask=i < bounds.seqlen_q)
 
-    up, some = _delta_limit(gates, alpha, value, -tolerance)
-    _up, every = _delta_limit(gates, alpha, value, tolerance)
+    up, some = _delta_limit(gates, alpha, value, -tolerance, NATURAL)
+    _up, every = _delta_limit(gates, alpha, value, tolerance, NATURAL)
     row = i < bounds.seqlen_q
     entry = limits + (record // KEPT_ROWS + start_q // KEPT_ROWS) * 4
     entry += tl.arange(0, BLOCK_M // KEPT_ROWS) * 4
@@ -236,12 +238,15 @@ def _extremes_of_full(
 
 
 @triton.jit
-def _delta_limit(gates, alpha, floor, tolerance):
+def _delta_limit(gates, alpha, floor, tolerance, NATURAL: tl.constexpr):
     """(up, limit): a row keeps the keys of delta >= limit where up, of delta <= limit elsewhere.
 
-    c g(alpha delta) >= floor solved for delta, in base 2; a negative tolerance widens what is kept,
-    a positive one narrows it.
+    c g(alpha delta) >= floor solved for delta, in base 2 whatever that of alpha and floor; a
+    negative tolerance widens what is kept, a positive one narrows it.
     """
+    if NATURAL:
+        alpha = alpha / LN2
+        floor = floor / LN2
     rises = gates.scale > 0.0
     target = floor / gates.scale
     step = tolerance * (1.0 + tl.abs(target))
@@ -262,18 +267,24 @@ def _delta_limit(gates, alpha, floor, tolerance):
 
 
 def gates(
-    problem: AttentionProblem, tensors: AttentionTensors, sequences: Sequences | None, block: int
+    problem: AttentionProblem,
+    tensors: AttentionTensors,
+    score: Score,
+    sequences: Sequences | None,
+    block: int,
 ) -> Gates | None:
     """S3, V7 not yet decided; None without gates.
 
     Args:
         problem, tensors: of the call.
+        score: of the call, whose base is that of alpha.
         sequences: of a packed call.
         block: keys of a block of the extrema.
     """
     if problem.gate is None:
         return None
-    alpha = record(problem, _heads_first(tensors.gate_q), sequences, False, LOG2E)
+    unit = 1.0 if score.natural.value else LOG2E
+    alpha = record(problem, _heads_first(tensors.gate_q), sequences, False, unit)
     delta = record(problem, _heads_first(tensors.gate_k), sequences, True)
     made = Gates(
         alpha,
@@ -298,10 +309,13 @@ def gates(
 
 
 def extrema(problem: AttentionProblem, terms: Terms) -> Gates:
-    """The gates of the terms with the extrema of delta, which V7 already has."""
-    if problem.gate_threshold > 0:
-        return terms.gates
-    return _with_extrema(problem, terms.gates, terms.sequences, terms.block)
+    """The gates of the terms with the extrema of delta, which V7 already has, all in base 2."""
+    found = terms.gates
+    if problem.gate_threshold == 0:
+        found = _with_extrema(problem, found, terms.sequences, terms.block)
+    if terms.score.natural.value:
+        found = found._replace(alpha=found.alpha * LOG2E, floor=found.floor * LOG2E)
+    return found
 
 
 def _with_extrema(
@@ -335,6 +349,8 @@ def prune(problem: AttentionProblem, terms: Terms, lists: TileLists | None, tile
         tile: rows and keys that are looked at together.
     """
     found = terms.gates
+    natural = terms.score.natural.value
+    share = math.log(problem.gate_threshold) * (1.0 if natural else LOG2E)
     floor = torch.empty_like(found.alpha)
     limits = floor.new_empty(floor.numel() // KEPT_BLOCK[0] * 4)
     tiles = arguments.tile_count(problem, problem.seqlen_q, tile.block_m)
@@ -348,7 +364,7 @@ def prune(problem: AttentionProblem, terms: Terms, lists: TileLists | None, tile
         terms.ranges,
         terms.sequences,
         lists,
-        arguments.number(problem, math.log2(problem.gate_threshold)),
+        arguments.number(problem, share),
         arguments.number(problem, SLACK[floor.element_size()]),
         arguments.number(problem, TOLERANCE[problem.dtype.itemsize]),
         problem.heads_q,
@@ -356,6 +372,7 @@ def prune(problem: AttentionProblem, terms: Terms, lists: TileLists | None, tile
         SUB=terms.block,
         CHUNK=CHUNK,
         ACC=arguments.accumulator(problem),
+        NATURAL=natural,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         num_warps=tile.warps,

@@ -238,7 +238,8 @@ def key_gradients_kernel(
         store_rows(dv, place.batch, n, target, stored, dv_acc, DV, BLOCK_DV)
     if ddelta is not None:
         column = (tl.cast(place.batch, tl.int64) * heads_kv + n) * n_targets + target
-        tl.store(ddelta + column, ddelta_acc * scale * LN2, mask=stored)  # alpha is in base 2
+        unit = 1.0 if score.natural else LN2  # of alpha
+        tl.store(ddelta + column, ddelta_acc * scale * unit, mask=stored)
 
 
 def key_gradients(

@@ -105,10 +105,11 @@ def prepare(
     ranges, live = key_ranges(problem, tensors, sequences, block) if listed else (None, None)
     # In float64 a change of base is as great an error as any other (N1).
     natural = problem.dtype.itemsize == 8
+    score = arguments.score(problem, natural=natural)
     terms = Terms(
         arguments.bounds(problem),
-        arguments.score(problem, natural=natural),
-        gates.gates(problem, tensors, sequences, block),
+        score,
+        gates.gates(problem, tensors, score, sequences, block),
         bias,
         _pack_mask(problem, tensors.mask, block) if packed else None,
         shown,

@@ -2,7 +2,8 @@
 
 Index space: i counts query rows, j counts keys, both inside one sequence. Exponentials are taken in
 base 2: exp(s - lse) = exp2(s * log2(e) - lse2), one multiply-add before the exponential. Those of
-float64 calls are in base e (`Score.natural`), but for decoding.
+float64 calls are in base e (`Score.natural`), but for decoding and T1. alpha, c g and the floors of
+V7 are in the base of the scores.
 
 Every visibility rule but a mask that depends on the row gives a key one run of rows, first_j <= i
 <= last_j (V1, V2, V4, V6 and key masks), so that an element of a tile costs two comparisons
@@ -158,8 +159,8 @@ def load_bias(bias, place, h, i, j, bounds):
 
 @triton.jit
 def load_alpha(gates, place, h, i):
-    """alpha (S3) at rows i in base 2, alpha log2(e); 0 at rows that do not exist, so that all of
-    their g are finite.
+    """alpha (S3) at rows i in the base of scores, in base 2 alpha log2(e); 0 at rows that do not
+    exist, so that all of their g are finite.
     """
     record = tl.cast(place.batch, tl.int64) * gates.alpha_batch + h * gates.alpha_head
     return tl.load(gates.alpha + record + place.row_record + i)
@@ -229,14 +230,18 @@ def sigmoid_slope(x, FINE: tl.constexpr):
 
 
 @triton.jit
-def gate(gates, x, COARSE: tl.constexpr = False):
-    """(c g, g') of S3 for x = alpha delta; x and c g in base 2."""
-    if gates.logsigmoid:
-        value = ln_sigmoid(x, 0.0, gates.fine, COARSE) * LOG2E
-        slope = sigmoid_slope(x, gates.fine)
-    else:
+def gate(gates, x, COARSE: tl.constexpr = False, NATURAL: tl.constexpr = False):
+    """(c g, g') of S3 for x = alpha delta; x and c g in base 2 or, NATURAL, e."""
+    if not gates.logsigmoid:
         value = x
         slope = 1.0
+    elif NATURAL:  # step by step as the reference rounds it (N1)
+        y = tl.exp(tl.abs(x) * -1.0)
+        value = tl.minimum(x, 0.0) - tl.log(1.0 + y)
+        slope = tl.where(x < 0.0, 1.0, y) / (1.0 + y)
+    else:
+        value = ln_sigmoid(x, 0.0, gates.fine, COARSE) * LOG2E
+        slope = sigmoid_slope(x, gates.fine)
     return value * gates.scale, slope
 
 
@@ -394,15 +399,13 @@ def natural_gate(gates, x):
 
 @triton.jit
 def gated_scores(x, score, gates, alpha, delta):
-    """(s, c g, g') of S1 and S3 for raw products x without softcap, s in units of `score.outer`,
-    in which the gate is g; c g in base 2. alpha and delta are as in `scores`.
+    """(s, c g, g') of S1 and S3 for raw products x without softcap, in base 2, s in units of
+    `score.outer`, in which the gate is g. alpha and delta are as in `scores`.
     """
     z = alpha * delta
     if gates.logsigmoid:
         s = ln_sigmoid(z, x, gates.fine, gates.coarse)
         gated = ln_sigmoid(z, 0.0, gates.fine, gates.coarse) * score.outer
-        if score.natural:
-            gated = gated * LOG2E
         slope = sigmoid_slope(z, gates.fine)
     else:
         s = z * LN2 + x
@@ -415,25 +418,30 @@ def gated_scores(x, score, gates, alpha, delta):
 def scores(x, score, gates, alpha, delta, bias):
     """(s, slope, gated, gate_slope) of S1 to S4 for raw products x, s in the base of `score`.
 
-    alpha (in base 2), delta and the bias are in shapes that broadcast to that of x, None where
-    absent. The slopes are those of S2 and S3, which G1 needs; `gated` is c g in base 2, which V7
+    alpha (in that base), delta and the bias are in shapes that broadcast to that of x, None where
+    absent. The slopes are those of S2 and S3, which G1 needs; `gated` is c g in that base, which V7
     compares.
     """
     slope = 1.0
     gated = 0.0
     gate_slope = 1.0
+    if x.dtype == tl.float64:
+        # Triton makes of products, and what is next added to them, products that start from that:
+        # sums of other roundings than the reference's (N1).
+        x = tl.fma(x, 1.0, 0.0)
     if score.inner is not None:
         u = capped(x, score)
         s = u * score.outer
         slope = 1.0 - u * u
-        if gates is not None:
-            gated, gate_slope = gate(gates, alpha * delta, gates.coarse)
-            s = s + (gated * LN2 if score.natural else gated)
-    elif gates is not None:
-        s, gated, gate_slope = gated_scores(x, score, gates, alpha, delta)
-        s = s * score.outer
-    else:
+    elif gates is None or score.natural:
         s = x * score.outer
+    if gates is not None:
+        if score.inner is not None or score.natural:
+            gated, gate_slope = gate(gates, alpha * delta, gates.coarse, score.natural)
+            s = s + gated
+        else:
+            s, gated, gate_slope = gated_scores(x, score, gates, alpha, delta)
+            s = s * score.outer
     if bias is not None:
         s = s + bias.to(s.dtype) * (1.0 if score.natural else LOG2E)
     return s, slope, gated, gate_slope

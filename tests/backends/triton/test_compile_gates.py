@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+from flash_sparse_attn.backends import triton as backend
 from flash_sparse_attn.backends.triton.kernels import tuning
 
 from flash_sparse_attn.problem import AttentionOptions
 from flash_sparse_attn.tensors import AttentionTensors
 from flash_sparse_attn.validation import describe
 
-from .compiling import SHARED_MEMORY, compile_call
+from .compiling import SHARED_MEMORY, compile_call, compiling_only
 from .test_compile import HOT, MOST_WAITS, hot, require_fit
 
 SEQLEN = 2048
@@ -63,3 +65,26 @@ def test_shared_memory(arch):
     assert set(HOT[:3]) <= kernels.keys()
     assert "gather_keys_kernel" in kernels
     require_fit(arch, kernels)
+
+
+@pytest.mark.parametrize("gate", ["logsigmoid", "identity"])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_float64_rounds_as_the_reference(gate, softcap):
+    """N1: no product starts from what the scores add to it, none is fused with a sum. The scale
+    that is 1 is the one that vanishes from between them.
+    """
+    q, k, v = (torch.zeros(1, 256, heads, 16, dtype=torch.float64) for heads in (2, 1, 1))
+    gates = {"gate_q": torch.zeros(1, 256, 2), "gate_k": torch.zeros(1, 256, 1)}
+    tensors = AttentionTensors(q, k, v, bias=torch.zeros(1, 1, 256, 256), **gates)
+    options = AttentionOptions(softmax_scale=1.0, softcap=softcap, gate=gate, gate_threshold=0.1)
+    grads = ("q", "k", "v", "bias", "gate_q", "gate_k")
+    problem = replace(describe(tensors, options, grads), device="cuda", arch=90)
+    with compiling_only(90) as compiled:
+        o, lse, kept = backend.forward(problem, tensors)
+        backend.backward(problem, tensors, o, lse, kept, q, None)
+    found = {name: kernel.asm for name, kernel in compiled}
+    for name in HOT:
+        starts = re.findall(r"tt\.dot %\w+, %\w+, %(\w+)", found[name]["ttir"])
+        assert starts, name
+        assert all(start.startswith("cst") or "acc" in start for start in starts), (name, starts)
+        assert not re.search(r"\b(mul|add|sub)\.f64", found[name]["ptx"]), name

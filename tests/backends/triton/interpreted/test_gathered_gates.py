@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from flash_sparse_attn.backends import triton as backend
-from flash_sparse_attn.backends.triton.kernels import compaction, gates, preparation
+from flash_sparse_attn.backends.triton.kernels import arguments, compaction, gates, preparation
 from torch import Tensor
 
 from flash_sparse_attn import reference
@@ -169,7 +169,8 @@ def test_reach(chunk, monkeypatch):
     tensors = call.tensors()
     problem = describe(tensors, call.attention_options(), ())
     limits = Draw.seeded(2).normal(2, 4, 16, 4)
-    found = gates.gates(problem, tensors, None, 32)._replace(limits=limits)
+    found = gates.gates(problem, tensors, arguments.score(problem), None, 32)
+    found = found._replace(limits=limits)
     with checked_memory():
         reach = gates.gate_reach(problem, found)[:, :, :10]
     grouped = limits.unflatten(1, (2, 2))[:, :, :, :10]
