@@ -83,6 +83,8 @@ def tile(kernel: str, problem: AttentionProblem, gathered: bool = False) -> Tile
         unfit.add("bare")
     if problem.bias is not None and 1 not in problem.bias[2:] and problem.bias_dtype.itemsize == 4:
         unfit.add("light")
+    if problem.gate is None:
+        unfit.add("gated")
     width = max(problem.head_dim, problem.head_dim_v)
     key = (problem.arch or 0, problem.dtype.itemsize, width, frozenset(unfit))
     return _lookup(kernel, *key)
