@@ -24,6 +24,9 @@ MASK_BLOCK = 64
 """Rows and keys of a block of the mask's classes (V3) and keys of the intervals' summaries (V4)."""
 INTERPRETED_MASK_BLOCK = 32
 
+MOST_ROWS = 128
+"""No tile has more query rows: a multiple of them is made of whole tiles."""
+
 SEGMENT_SCALE = {"forward": 2, "backward": 4}
 """Rows of a segment for each key that a row sees, all heads of a group together: they share what a
 copy of a key, and its gradient's parts, cost."""
@@ -78,13 +81,18 @@ def tile(kernel: str, problem: AttentionProblem, gathered: bool = False) -> Tile
     light = {"causal", "window", "sinks", "softmax_threshold"}
     light |= {"mask", "intervals"} if gathered else set()
     if kernel == "forward":
-        light |= {"gate", "gate_threshold", "block_map"}
+        light |= {"gate", "gate_threshold"}
+        light |= {"block_map"} if problem.block_size_q % MOST_ROWS == 0 else set()
     if not problem.terms() <= light:
         unfit.add("bare")
+    if not problem.terms() <= {"causal"}:
+        unfit.add("dense")
     if problem.bias is not None and 1 not in problem.bias[2:] and problem.bias_dtype.itemsize == 4:
         unfit.add("light")
     if problem.gate is None:
         unfit.add("gated")
+    if problem.gate_threshold == 0:
+        unfit.add("pruned")
     width = max(problem.head_dim, problem.head_dim_v)
     key = (problem.arch or 0, problem.dtype.itemsize, width, frozenset(unfit))
     return _lookup(kernel, *key)

@@ -66,6 +66,11 @@ class Kernel:
     shared: int
     sass: tuple[str, ...]
 
+    @property
+    def registers(self) -> int:
+        """Registers that a thread uses."""
+        return 1 + max(int(n) for line in self.sass for n in re.findall(r"\bR(\d+)\b", line))
+
     def count(self, mnemonic: str) -> int:
         """Instructions whose name starts so."""
         return len(self._matching(rf"\s{mnemonic}"))
