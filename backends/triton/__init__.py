@@ -1,5 +1,4 @@
-"""The Triton backend: forward and backward of S1, S2, S4, V1 to V4, O1, O2, G1 and G2 on NVIDIA
-GPUs.
+"""The Triton backend: every rule of the specification, forward and backward, on NVIDIA GPUs.
 
 Importing this module needs torch alone; the kernels, and Triton with them, are imported by the
 first call.
@@ -78,14 +77,14 @@ def forward(
     problem: AttentionProblem, tensors: AttentionTensors
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`(o, lse, kept)` by O1, O2 and T1."""
-    with _on_device_of(tensors.q):
-        if problem.form == Form.CACHE:
-            from .kernels.decode import decode
-
-            return decode(problem, tensors)
+    if problem.form == Form.CACHE:
+        from .kernels.decode import decode as attend
+    else:
         from .kernels import forward as kernels
 
-        return kernels.forward(problem, tensors)
+        attend = kernels.forward
+    with _on_device_of(tensors.q):
+        return attend(problem, tensors)
 
 
 def backward(

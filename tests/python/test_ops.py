@@ -214,7 +214,7 @@ def test_flops_are_counted_on_causal_pairs():
 
 
 def variants():
-    """(tensors, options, grads) of calls each of which differs from the first in one thing."""
+    """(tensors, options, grads) of calls no two of which are the same problem."""
     q, k, v = make(4, 16, grad=False)
     plain = AttentionOptions(softmax_scale=1.0)
     cached = AttentionOptions(form=Form.CACHE, softmax_scale=1.0)
@@ -236,6 +236,23 @@ def variants():
     yield AttentionTensors(q, k, v), cached, ()
     yield AttentionTensors(q, k, v, key_indices=lists), cached, ()
     yield AttentionTensors(q, k, v, key_indices=lists[..., :2]), cached, ()
+    records = [x.flatten(0, 1) for x in (q, k, v)]
+    cu = {"cu_seqlens_q": torch.tensor([0, 8]), "cu_seqlens_k": torch.tensor([0, 32])}
+    cu = {name: x.int() for name, x in cu.items()}
+    for longest in (8, 9):
+        form = AttentionOptions(
+            form=Form.PACKED, softmax_scale=1.0, max_seqlen_q=longest, max_seqlen_k=32
+        )
+        yield AttentionTensors(*records, **cu), form, ()
+    bias = torch.zeros(1, 1, 1, 16)
+    yield AttentionTensors(*half, bias=bias), plain, ()
+    yield AttentionTensors(*half, bias=bias.half()), plain, ()
+    intervals = torch.zeros(1, 2, 16, dtype=torch.int32)
+    yield AttentionTensors(q, k, v, interval_start=intervals, interval_end=intervals), plain, ()
+    for kind in ("logsigmoid", "identity"):
+        gates = {"gate_q": torch.zeros(2, 4, 4), "gate_k": torch.zeros(2, 16, 2)}
+        gated = AttentionOptions(softmax_scale=1.0, gate=kind)
+        yield AttentionTensors(q, k, v, **gates), gated, ()
     for page in (16, 8):
         pages = {"cache_seqlens": lengths, "page_table": table}
         yield AttentionTensors(q, k[:, :page], v[:, :page], **pages), cached, ()

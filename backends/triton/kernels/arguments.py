@@ -341,7 +341,8 @@ def source(tensor: Tensor, rows: int, width: int, tma: bool) -> Operand | Tensor
     if tma and tensor.data_ptr() % COPY_ENGINE_ALIGNMENT == 0:
         steps = _copy_engine_steps(tensor.shape, tensor.stride(), tensor.element_size())
         if steps is not None:
-            return TensorDescriptor(tensor, *steps, [1, 1, rows, width])
+            sizes, strides = map(list, steps)  # a descriptor's own: what is kept is shared
+            return TensorDescriptor(tensor, sizes, strides, [1, 1, rows, width])
     return operand(tensor)
 
 
@@ -360,7 +361,7 @@ def sources(
 @functools.lru_cache(maxsize=1024)
 def _copy_engine_steps(
     shape: torch.Size, strides: tuple[int, ...], itemsize: int
-) -> tuple[list[int], list[int]] | None:
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Sizes and strides of a `[B, S, H, D]` tensor as `[B, H, S, D]`, None where the copy engine
     does not read it: contiguous in D, everything else on its boundaries, nothing empty or expanded.
 
@@ -375,7 +376,7 @@ def _copy_engine_steps(
     if not all(0 < step * itemsize < 2**40 and step % valid == 0 for step in outer):
         return None
     batch, row, head = outer
-    return [shape[0], shape[2], shape[1], shape[3]], [batch, head, row, 1]
+    return (shape[0], shape[2], shape[1], shape[3]), (batch, head, row, 1)
 
 
 def bounds(problem: AttentionProblem) -> Bounds:
@@ -442,8 +443,7 @@ def sequences(problem: AttentionProblem, tensors: AttentionTensors) -> Sequences
         return None
     largest = tl.constexpr(power_of_2(problem.batch + 1))
     cu_q, cu_k = tensors.cu_seqlens_q.contiguous(), tensors.cu_seqlens_k.contiguous()
-    no = tl.constexpr(False)
-    return Sequences(cu_q, cu_k, problem.batch, largest, cu_q, no, no)
+    return Sequences(cu_q, cu_k, problem.batch, largest, cu_q, flag(False), flag(False))
 
 
 def tile_count(problem: AttentionProblem, length: int, size: int) -> int:

@@ -192,8 +192,8 @@ class _Fixed(NamedTuple):
     Attributes:
         grid: of the kernels that work on splits.
         bounds, sizes, score, gating, precision: as kernels take them.
-        tile, of_keys, of_values: keywords of the kernels that work on splits; of those of them that
-            read keys, and values.
+        tile: keywords of all kernels that work on splits.
+        of_keys, of_values: further ones of those that read keys, and values.
         merge_grid, merge: of the merge, likewise.
         overlaps: keywords of the first launch of a call, and of those that follow.
     """

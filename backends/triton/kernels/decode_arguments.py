@@ -24,7 +24,9 @@ SLACK = {4: 2.0**-20, 8: 2.0**-48}
 
 
 class Rows(NamedTuple):
-    """A `[B, S, H, D]` tensor that is read by rows: data and strides in elements."""
+    """A `[B, S, H, D]` tensor that is read by rows: data and strides in elements. An `Operand` less
+    `wide`, as decoding counts in 64 bits throughout.
+    """
 
     pointer: Tensor
     batch: int

@@ -107,7 +107,7 @@ def gate_floor_kernel(
     NATURAL: tl.constexpr,
 ):
     """V7: mu_i + ln gamma in the base of scores, less what rounding may take, and what it means for
-    the delta of a key; grid as the forward's.
+    the delta of a key; grid query tiles * batch * heads.
     """
     h = tl.program_id(0) % heads_q
     nth = tl.program_id(0) // heads_q
@@ -293,15 +293,15 @@ def gates(
         *broadcast_strides(delta)[:2],
         tl.constexpr(problem.group),
         arguments.number(problem, problem.softmax_scale),
-        tl.constexpr(problem.gate == "logsigmoid"),
-        tl.constexpr(problem.dtype.itemsize >= 4),
-        tl.constexpr(abs(problem.softmax_scale) <= COARSE_SCALE),
+        arguments.flag(problem.gate == "logsigmoid"),
+        arguments.flag(problem.dtype.itemsize >= 4),
+        arguments.flag(abs(problem.softmax_scale) <= COARSE_SCALE),
         alpha,
         alpha,
         delta,
         0,
         0,
-        tl.constexpr(False),
+        arguments.flag(False),
     )
     if problem.gate_threshold == 0:
         return made
@@ -314,7 +314,9 @@ def extrema(problem: AttentionProblem, terms: Terms) -> Gates:
     if problem.gate_threshold == 0:
         found = _with_extrema(problem, found, terms.sequences, terms.block)
     if terms.score.natural.value:
-        found = found._replace(alpha=found.alpha * LOG2E, floor=found.floor * LOG2E)
+        alpha = found.alpha * LOG2E
+        floor = found.floor * LOG2E if found.pruned.value else alpha
+        found = found._replace(alpha=alpha, floor=floor)
     return found
 
 
@@ -377,7 +379,7 @@ def prune(problem: AttentionProblem, terms: Terms, lists: TileLists | None, tile
         BLOCK_N=tile.block_n,
         num_warps=tile.warps,
     )
-    return found._replace(floor=floor, limits=limits, pruned=tl.constexpr(True))
+    return found._replace(floor=floor, limits=limits, pruned=arguments.flag(True))
 
 
 def gate_reach(problem: AttentionProblem, found: Gates) -> torch.Tensor:

@@ -231,7 +231,9 @@ def sigmoid_slope(x, FINE: tl.constexpr):
 
 @triton.jit
 def gate(gates, x, COARSE: tl.constexpr = False, NATURAL: tl.constexpr = False):
-    """(c g, g') of S3 for x = alpha delta; x and c g in base 2 or, NATURAL, e."""
+    """(c g, g') of S3 for x = alpha delta; x and c g in base 2 or, NATURAL, e, where nothing is
+    COARSE.
+    """
     if not gates.logsigmoid:
         value = x
         slope = 1.0
@@ -393,7 +395,7 @@ def hide_if(
 
 @triton.jit
 def natural_gate(gates, x):
-    """g of S3 for x = alpha delta in base 2."""
+    """g of S3, as it is and in no base, for x = alpha delta in base 2."""
     return ln_sigmoid(x, 0.0, gates.fine, gates.coarse) if gates.logsigmoid else x * LN2
 
 

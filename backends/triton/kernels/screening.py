@@ -209,9 +209,9 @@ def screen_kernel(
     EACH: tl.constexpr,
     SAMPLING: tl.constexpr,
 ):
-    """Take from the bits of `kept` those of blocks that a query tile lets go; grid as the
-    forward's. SAMPLING, the last of every EACH tiles looks at a sample and tells by `worth` whether
-    the others shall look at all.
+    """Take from the bits of `kept` those of blocks that a query tile lets go; grid query tiles *
+    batch * heads or, SAMPLING, one of EACH of these tiles. Then the last of them looks at a sample
+    and tells by `worth` whether the others shall look at all.
 
     RISES says whether scores rise with the products; else those of -q do.
     """
@@ -322,7 +322,8 @@ def screen_kernel(
         n_looks = tl.where(n_tiles >= SAMPLE * 4, SAMPLE, 0)
     spared = 0
     # A thread notes in the bits of a word of `kept` what its elements let go. All vote where the
-    # word ends, as that takes barriers: one in 1024 keys.
+    # next tile is of another word, as that takes barriers: once in 1024 keys that follow each
+    # other. A word may be come back to, as bits are only ever taken.
     gone = tl.zeros([BLOCK_M, LANES], tl.int32)
     # What belongs to a tile is read one tile ahead.
     tile_k = visited_tile(tiles, lists, tl.minimum(stride // 2, n_tiles - 1), n_full)

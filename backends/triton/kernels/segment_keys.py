@@ -279,9 +279,9 @@ def live_slots(
         length,
         heads if batch > 1 else 0,
         int(heads > 1),
-        tl.constexpr(shared),
+        arguments.flag(shared),
         tuning.parts(problem, live.device) if shared else 0,
-        tl.constexpr(most is not None),
+        arguments.flag(most is not None),
     )
     if most is None:
         return slots

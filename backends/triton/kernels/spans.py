@@ -123,7 +123,8 @@ def slot_tile_span(
 @triton.jit
 def scheduled(lists, heads, group, tiles, LAST_FIRST: tl.constexpr):
     """(h, nth): the head and the tile row, of all, of this program, of a grid tile rows * heads;
-    `tiles` counts those of a batch element.
+    `tiles` counts those of a batch element or, packed, all. For tiles of keys heads are those of
+    keys, and a group is one.
 
     Heads vary fastest, so that a group shares its keys in cache, and all heads what they read
     beside keys. Where neighbouring rows ask for other keys, one group after the other does all its

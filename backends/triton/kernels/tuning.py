@@ -50,7 +50,7 @@ class Tile:
         tma: whether tiles are loaded by the copy engine where their layout allows it.
         registers: of a thread, at most, so that more programs run at a time; 0 = as many as it
             takes.
-        fuses: whether a product and a sum may become one multiply-add.
+        fuses: whether a product and a sum may become one multiply-add; decoding does not ask.
     """
 
     block_m: int
@@ -149,7 +149,7 @@ def _lookup(kernel: str, arch: int, itemsize: int, head_dim: int, unfit: frozens
         and not any(row.get(kind, False) for kind in unfit)
     )
     names = ("m", "n", "warps", "stages", "tma")
-    # In float64 to round seldom is no merit: scores must round as the reference's do (N1).
+    # Float64 scores must round as the reference's do, product and sum each (N1).
     return Tile(*(row[name] for name in names), row.get("registers", 0), itemsize < 8)
 
 
@@ -167,8 +167,10 @@ def decode_tile(problem: AttentionProblem, scattered: bool) -> Tile:
     return _lookup("decode", problem.arch or 0, problem.dtype.itemsize, width, unfit)
 
 
-def decode_slots(problem: AttentionProblem, tile: Tile, multiprocessors: int) -> int:
-    """Programs of decoding that run at a time: as many as have their pipelines in shared memory."""
+def decode_slots(problem: AttentionProblem, tile: Tile, count: int) -> int:
+    """Programs of decoding that run at a time on `count` multiprocessors: as many as have their
+    pipelines in shared memory.
+    """
     if problem.arch is None:
         return INTERPRETED_DECODE_PROGRAMS
     memory = DECODE_SHARED_MEMORY[max(x for x in DECODE_SHARED_MEMORY if x <= problem.arch)]
@@ -176,4 +178,4 @@ def decode_slots(problem: AttentionProblem, tile: Tile, multiprocessors: int) ->
     tiles = tile.stages if tile.tma else max(1, tile.stages - 1)  # pointers need one buffer less
     pipeline = tiles * tile.block_n * width * problem.dtype.itemsize
     programs = max(1, min(MOST_DECODE_PROGRAMS[tile.tma], memory // pipeline))
-    return multiprocessors * programs
+    return count * programs

@@ -9,9 +9,10 @@ import torch
 
 pytest.importorskip("triton", minversion="3.5")
 
-from flash_sparse_attn.backends.triton.kernels import arguments, decode
+from flash_sparse_attn.backends.triton.kernels import arguments, decode, tuning
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from flash_sparse_attn import dispatch, ops
 from flash_sparse_attn.problem import AttentionOptions, Form
 from flash_sparse_attn.tensors import AttentionTensors
 from flash_sparse_attn.validation import describe
@@ -89,6 +90,12 @@ def test_launches_tell_plans_and_problems_apart():
     assert not decode._fixed(replace(made, arch=80), cut).overlaps[1]["OVERLAP"]
 
 
-@pytest.mark.parametrize("of", [decode.plan, decode._fixed, arguments._copy_engine_steps])
+@pytest.mark.parametrize(
+    "of",
+    [
+        ops._validated, dispatch.select, tuning.tile, decode.plan, decode._fixed,
+        arguments._copy_engine_steps,
+    ],
+)  # fmt: skip
 def test_what_is_kept_is_bounded(of):
     assert of.cache_info().maxsize is not None

@@ -41,9 +41,9 @@ class Gated:
         q, k, v = draw.qkv(dtype=FLOAT64, seqlen_k=seqlen_k)
         q, k = ((4 * x).round() / 4 for x in (q, k))
         gate_q, gate_k = draw.normal(1, SQ, 2).double(), draw.normal(1, seqlen_k, 1).double()
-        gates = {"gate_q": gate_q.exp() + 1 / 3, "gate_k": 2 * gate_k}
+        given = {"gate_q": gate_q.exp() + 1 / 3, "gate_k": 2 * gate_k}
         bias = draw.normal(1, 2, SQ, seqlen_k, dtype=FLOAT64) if self.bias else None
-        return AttentionTensors(q, k, v, bias=bias, **gates)
+        return AttentionTensors(q, k, v, bias=bias, **given)
 
     def attention_options(self, **options: Any) -> AttentionOptions:
         options |= {"softmax_scale": self.scale, "gate": self.gate} | (self.options or {})
