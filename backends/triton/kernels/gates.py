@@ -31,7 +31,7 @@ from .arguments import (
 )
 from .primitives import KEPT_ROWS, LN2, gate, load_alpha, load_delta, visible
 from .sequences import place_tile, record
-from .spans import listed_tiles, nth_tile
+from .spans import listed_tiles, nth_tile, scheduled
 from .tuning import Tile
 
 SLACK = {4: 4e-6, 8: 1e-14}
@@ -109,8 +109,7 @@ def gate_floor_kernel(
     """V7: mu_i + ln gamma in the base of scores, less what rounding may take, and what it means for
     the delta of a key; grid query tiles * batch * heads.
     """
-    h = tl.program_id(0) % heads_q
-    nth = tl.program_id(0) // heads_q
+    h, nth = scheduled(None, heads_q, 1, tiles_q, False)
     place, n_q, n_k, tile_q, exists = place_tile(
         seqlen_q, seqlen_k, sequences, nth, tiles_q, BLOCK_M, False
     )

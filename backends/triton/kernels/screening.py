@@ -45,7 +45,7 @@ from .primitives import (
 )
 from .sequences import place_tile, placed
 from .sizes import ceil_div
-from .spans import key_tiles, nth_tile, visited_tile
+from .spans import key_tiles, nth_tile, scheduled, visited_tile
 
 STEPS: tl.constexpr = tl.constexpr(127.0)
 """The greatest integer, so that its negative is one too."""
@@ -215,14 +215,12 @@ def screen_kernel(
 
     RISES says whether scores rise with the products; else those of -q do.
     """
-    h = tl.program_id(0) % heads_q
-    nth = tl.program_id(0) // heads_q
+    h, nth = scheduled(None, heads_q, group, tiles_q, not SAMPLING)
     if SAMPLING:
         decision = worth + tl.program_id(0)
         tl.store(decision, 1)
         nth = tl.minimum(nth * EACH + EACH - 1, n_tiles_q - 1)
     else:
-        nth = nth // tiles_q * tiles_q + (tiles_q - 1 - nth % tiles_q)
         decision = worth + nth // EACH * heads_q + h
         if tl.load(decision) == 0:
             return
