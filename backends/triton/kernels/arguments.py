@@ -269,7 +269,7 @@ class TileLists(NamedTuple):
     head: int
     heads_per_head: int
     spans: Any
-    scattered: Any
+    apart: Any
     """Whether neighbouring query tiles ask for other keys: `spans.scheduled`."""
 
 

@@ -336,8 +336,8 @@ def list_tiles(
         **shape,
     )
     # Bits of a mask (V3) are read anew for every head, and better together.
-    scattered = problem.block_map is not None and terms.mask is None
-    kind = (arguments.flag(False), arguments.flag(scattered))
+    apart = problem.block_map is not None and terms.mask is None
+    kind = (arguments.flag(False), arguments.flag(apart))
     return TileLists(index, counts, other, *strides, heads_per_list, *kind)
 
 

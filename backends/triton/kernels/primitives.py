@@ -215,13 +215,18 @@ def ln_sigmoid(x, onto, FINE: tl.constexpr, COARSE: tl.constexpr):
 
 
 @triton.jit
+def _slope(x, y):
+    """sigma(-x) of any base b for y = b^-|x|."""
+    return tl.where(x < 0.0, 1.0, y) / (1.0 + y)
+
+
+@triton.jit
 def sigmoid_slope(x, FINE: tl.constexpr):
     """sigma(-x ln 2), the derivative of ln sigma: half of 1 - tanh(x ln 2 / 2), of which the
     hardware's own tanh (error 2^-11) is enough where a 16-bit result follows.
     """
     if FINE or INTERPRETED:
-        y = tl.exp2(tl.abs(x) * -1.0)
-        slope = tl.where(x < 0.0, 1.0, y) / (1.0 + y)
+        slope = _slope(x, tl.exp2(tl.abs(x) * -1.0))
     else:
         slope = 0.5 - 0.5 * tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [x * (0.5 * LN2)], tl.float32, is_pure=True, pack=1
@@ -240,7 +245,7 @@ def gate(gates, x, COARSE: tl.constexpr = False, NATURAL: tl.constexpr = False):
     elif NATURAL:  # step by step as the reference rounds it (N1)
         y = tl.exp(tl.abs(x) * -1.0)
         value = tl.minimum(x, 0.0) - tl.log(1.0 + y)
-        slope = tl.where(x < 0.0, 1.0, y) / (1.0 + y)
+        slope = _slope(x, y)
     else:
         value = ln_sigmoid(x, 0.0, gates.fine, COARSE) * LOG2E
         slope = sigmoid_slope(x, gates.fine)

@@ -131,7 +131,7 @@ def scheduled(lists, heads, group, tiles, LAST_FIRST: tl.constexpr):
     rows, as the keys of few heads stay in cache and those of all do not. LAST_FIRST, the last tiles
     of a batch element come first, as they are the longest under V1.
     """
-    GROUPS_LAST: tl.constexpr = lists is not None and lists.scattered
+    GROUPS_LAST: tl.constexpr = lists is not None and lists.apart
     if GROUPS_LAST:
         rows = tl.num_programs(0) // heads
         h = tl.program_id(0) // (rows * group) * group + tl.program_id(0) % group

@@ -90,6 +90,19 @@ def test_launches_tell_plans_and_problems_apart():
     assert not decode._fixed(replace(made, arch=80), cut).overlaps[1]["OVERLAP"]
 
 
+def test_tiles_are_no_longer_than_the_blocks_of_a_map():
+    """What `tuning.tile` takes for granted, and what it is for."""
+    rows = [row["m"] for kernel in ("forward", "query_gradients") for row in tuning.TABLE[kernel]]
+    assert max(rows) == tuning.MOST_ROWS
+    for dim in (64, 128):
+        for size in (64, 128):
+            made = problem(
+                form=Form.BATCHED, head_dim=dim, head_dim_v=dim, block_map=(1, 1, 4, 4),
+                block_size_q=size, block_size_k=size,
+            )  # fmt: skip
+            assert tuning.tile("forward", made).block_m <= size
+
+
 @pytest.mark.parametrize(
     "of",
     [
